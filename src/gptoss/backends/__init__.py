@@ -1,0 +1,37 @@
+"""Ways to run the model. One room per way; the engine sees only ``protocol.py``."""
+
+from gptoss.backends.protocol import Backend
+from gptoss.model.config import ModelConfig
+from gptoss.model.weights import Read
+
+NAMES = ("reference", "torch")
+
+
+def load_backend(
+    name: str, config: ModelConfig, read: Read, *, dtype: str | None = None, device: str = "cpu"
+) -> Backend:
+    """Open one room. Imports stay inside the arms so that no room pays for another.
+
+    Args:
+        name: one of ``NAMES``.
+        read: a tensor by canonical name, asked once for each; ``Checkpoint.read`` or a dict's
+            ``__getitem__``.
+        dtype: compute dtype; the reference takes float32 (default) or float64, torch float32,
+            bfloat16 (default) or float64.
+        device: torch only: "cpu" or "cuda".
+
+    Raises:
+        ValueError: an unknown name, dtype or device.
+        BackendUnavailable: this machine lacks what the room needs.
+    """
+    match name:
+        case "reference":
+            from gptoss.backends.reference import ReferenceBackend
+
+            return ReferenceBackend(config, read, dtype or "float32")
+        case "torch":
+            from gptoss.backends.torch import TorchBackend
+
+            return TorchBackend(config, read, dtype or "bfloat16", device)
+        case _:
+            raise ValueError(f"unknown backend {name!r}; one of {', '.join(NAMES)}")

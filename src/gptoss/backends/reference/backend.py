@@ -1,0 +1,124 @@
+"""``Backend`` and ``Cache`` over plain NumPy."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gptoss.backends.protocol import Batch, Cache, Sampling
+from gptoss.backends.sampling import sample_rows
+from gptoss.backends.slots import Slots
+from gptoss.model import model
+from gptoss.model.config import ModelConfig
+from gptoss.model.mxfp4 import Packed
+from gptoss.model.reference import NDArray, NumpyOps, attend_row
+from gptoss.model.weights import Read, build
+
+
+class ReferenceBackend:
+    """Runs ``model.forward`` with ``NumpyOps``.
+
+    Dense weights are widened once, at load; experts stay as stored and are widened per use, so that
+    a 20b checkpoint fits beside its own page cache.
+    """
+
+    def __init__(self, config: ModelConfig, read: Read, dtype: str = "float32") -> None:
+        if dtype not in ("float32", "float64"):
+            raise ValueError(f"the reference computes in float32 or float64, not {dtype}")
+        self.config = config
+        self.ops = NumpyOps()
+
+        def widen(name: str) -> Any:
+            stored = read(name)
+            expert = isinstance(stored, Packed) or name.endswith(("mlp1_weight", "mlp2_weight"))
+            return stored if expert else stored.astype(dtype, copy=False)
+
+        self.weights = build(config, widen)
+
+    def new_cache(self, *, max_tokens: int) -> "ListCache":
+        """See ``Backend.new_cache``."""
+        return ListCache(self.config, max_tokens)
+
+    def forward(self, batch: Batch, cache: Cache, trace: model.Trace | None = None) -> NDArray:
+        """See ``Backend.forward``."""
+        assert isinstance(cache, ListCache)
+        return model.forward(
+            self.weights,
+            batch.tokens,
+            batch.positions,
+            batch.wanted,
+            kv=ListView(cache, batch),
+            ops=self.ops,
+            config=self.config,
+            trace=trace or model.no_trace,
+        )
+
+    def sample(
+        self, logits: NDArray, rules: Sequence[Sampling], uniforms: Sequence[float]
+    ) -> list[int]:
+        """See ``Backend.sample``."""
+        return sample_rows(logits, rules, uniforms)
+
+    def to_numpy(self, logits: NDArray) -> npt.NDArray[np.float32]:
+        """See ``Backend.to_numpy``."""
+        return np.asarray(logits, np.float32)
+
+
+class ListCache(Slots):
+    """Per slot and layer, the keys and values so far, as growing arrays. Nothing is forgotten."""
+
+    def __init__(self, config: ModelConfig, max_tokens: int) -> None:
+        super().__init__(max_tokens)
+        self.layers = range(config.num_hidden_layers)
+        self.past: dict[tuple[int, int], tuple[NDArray, NDArray]] = {}
+
+    def truncate(self, slot: int, length: int) -> None:
+        """See ``Cache.truncate``."""
+        super().truncate(slot, length)
+        for layer in self.layers:
+            if (slot, layer) in self.past:
+                k, v = self.past[slot, layer]
+                self.past[slot, layer] = k[:length], v[:length]
+
+    def fork(self, slot: int, length: int) -> int:
+        """See ``Cache.fork``."""
+        child = self.open()
+        try:
+            self.reserve(child, length)
+        except BaseException:
+            super().close(child)
+            raise
+        for layer in self.layers:
+            if (slot, layer) in self.past:
+                k, v = self.past[slot, layer]
+                self.past[child, layer] = k[:length], v[:length]
+        return child
+
+    def close(self, slot: int) -> None:
+        """See ``Cache.close``."""
+        super().close(slot)
+        for layer in self.layers:
+            self.past.pop((slot, layer), None)
+
+
+class ListView:
+    """``KV`` for one step."""
+
+    def __init__(self, cache: ListCache, batch: Batch) -> None:
+        self.past, self.batch = cache.past, batch
+
+    def attend(
+        self, layer: int, q: NDArray, k: NDArray, v: NDArray, sinks: NDArray, window: int | None
+    ) -> NDArray:
+        """See ``KV.attend``."""
+        out = np.empty_like(q)
+        for r, slot in enumerate(self.batch.slots.tolist()):
+            new = slice(self.batch.starts[r], self.batch.starts[r + 1])
+            keys, values = k[new], v[new]
+            if (slot, layer) in self.past:
+                old_k, old_v = self.past[slot, layer]
+                keys, values = np.concatenate([old_k, keys]), np.concatenate([old_v, values])
+            self.past[slot, layer] = keys, values
+            out[new] = attend_row(q[new], keys, values, sinks, window)
+        return out

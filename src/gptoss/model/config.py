@@ -1,0 +1,298 @@
+"""The numbers that make a gpt-oss model.
+
+Everything that changes the *function the model computes* is here and nothing else is: no device, no
+dtype of storage, no batch size. Two models with equal configs and equal weights are the same model.
+
+Two dialects of ``config.json`` are in the wild, the original one (whose field names are ours) and
+Hugging Face's ``GptOssForCausalLM``; both are read and written.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from gptoss.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+Dialect = Literal["original", "huggingface"]
+LARGEST = 1 << 22  # no dimension of a real model comes near; a lying file does
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Architecture of one gpt-oss model. Field names follow the original ``config.json``.
+
+    Raises:
+        ValueError: a value that no model can have; the message names the field.
+
+    Source: the gpt-oss model card, section 2 (https://arxiv.org/abs/2508.10925).
+    """
+
+    num_hidden_layers: int  # blocks, alternating sliding-window and full attention
+    hidden_size: int  # D, width of the residual stream
+    vocab_size: int  # V, rows of the embedding, padding included
+    num_attention_heads: int  # H, query heads
+    num_key_value_heads: int  # K, each shared by H/K query heads
+    head_dim: int  # d
+    num_experts: int  # E
+    experts_per_token: int  # how many of the E a token visits
+    intermediate_size: int  # F, width inside one expert
+    sliding_window: int = 128  # keys visible in even layers, the query's own included
+    swiglu_limit: float = 7.0  # clamp on both halves of the expert activation
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 150_000.0
+    rope_scaling_factor: float = 32.0  # YaRN context extension; 1.0 turns it off
+    rope_ntk_alpha: float = 1.0  # YaRN beta_slow: turns below which a frequency is stretched
+    rope_ntk_beta: float = 32.0  # YaRN beta_fast: turns above which it is left alone
+    initial_context_length: int = 4096  # tokens the model was trained on before YaRN
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            _check_number(field.name, getattr(self, field.name), whole=field.type is int)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"experts_per_token ({self.experts_per_token}) is more than "
+                f"num_experts ({self.num_experts})"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE rotates pairs")
+        if self.rope_scaling_factor < 1.0:
+            raise ValueError(f"rope_scaling_factor ({self.rope_scaling_factor}) must be at least 1")
+        if self.rope_theta <= 1.0:
+            raise ValueError(f"rope_theta ({self.rope_theta}) must be more than 1")
+        if self.rope_scaling_factor > 1.0:
+            low, high = self.yarn_range
+            if not 0 < low < high < self.head_dim // 2 - 1:
+                raise ValueError(
+                    f"rope_ntk_alpha ({self.rope_ntk_alpha}), rope_ntk_beta ({self.rope_ntk_beta}) "
+                    f"and initial_context_length ({self.initial_context_length}) give YaRN the "
+                    f"range {low:.2f}..{high:.2f}, which must lie inside 0..{self.head_dim // 2 - 1}"
+                )
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens in one row: what the model was trained on, stretched by YaRN."""
+        return int(self.initial_context_length * self.rope_scaling_factor)
+
+    @property
+    def yarn_range(self) -> tuple[float, float]:
+        """First and last pair of the YaRN ramp, NOT rounded (Peng et al. 2023, equation 18)."""
+        half = self.head_dim // 2
+        low, high = (
+            half
+            * math.log(self.initial_context_length / (turns * 2 * math.pi))
+            / math.log(self.rope_theta)
+            for turns in (self.rope_ntk_beta, self.rope_ntk_alpha)
+        )
+        return low, high
+
+    @property
+    def qkv_size(self) -> int:
+        """Rows of the fused projection: queries, then keys, then values."""
+        return (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
+
+    def window(self, layer: int) -> int | None:
+        """Keys visible to ``layer`` (None: all of them). Even layers slide."""
+        return self.sliding_window if layer % 2 == 0 else None
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any], *, origin: str) -> "ModelConfig":
+        """Read either dialect; ``origin`` is only for messages.
+
+        Raises:
+            CheckpointError: another architecture, an unknown, missing or impossible value.
+        """
+        if not isinstance(raw, Mapping):
+            raise CheckpointError(f"{origin}: a config is a JSON object, not {type(raw).__name__}")
+        model_type = raw.get("model_type")
+        if model_type not in (None, "gpt_oss"):
+            raise CheckpointError(
+                f"{origin}: this is a {model_type!r} model; gptoss runs gpt-oss models only"
+            )
+        values = dict(raw) if model_type is None else _from_huggingface(raw, origin)
+        names = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - names):
+            raise CheckpointError(
+                f"{origin}: unknown config fields {', '.join(map(repr, unknown[:8]))}. Either this is "
+                "not a gpt-oss checkpoint, or it is newer than this package."
+            )
+        defaults = {"rms_norm_eps"}  # the one number the original dialect leaves unsaid
+        if missing := sorted(names - set(values) - defaults):
+            raise CheckpointError(f"{origin}: config fields {', '.join(missing)} are missing")
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise CheckpointError(f"{origin}: {error}") from None
+
+    def to_json(self, dialect: Dialect = "original", *, packed: bool = True) -> dict[str, Any]:
+        """The ``config.json`` of either dialect. ``packed``: experts are stored as MXFP4."""
+        return _to_huggingface(self, packed) if dialect == "huggingface" else asdict(self)
+
+
+def gpt_oss_20b() -> ModelConfig:
+    """gpt-oss-20b: 20.9 B parameters, 3.6 B of them active for a token."""
+    return ModelConfig(num_hidden_layers=24, num_experts=32, **_RELEASED)
+
+
+def gpt_oss_120b() -> ModelConfig:
+    """gpt-oss-120b: 116.8 B parameters, 5.1 B of them active for a token."""
+    return ModelConfig(num_hidden_layers=36, num_experts=128, **_RELEASED)
+
+
+def nano() -> ModelConfig:
+    """The model inside the package: the same architecture, small enough to train on a laptop."""
+    return ModelConfig(
+        num_hidden_layers=4,
+        hidden_size=128,
+        vocab_size=768,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_experts=8,
+        experts_per_token=2,
+        intermediate_size=128,
+        sliding_window=64,
+        initial_context_length=256,
+        rope_scaling_factor=8.0,
+    )
+
+
+PRESETS = {"20b": gpt_oss_20b, "120b": gpt_oss_120b, "nano": nano}
+
+_RELEASED: dict[str, Any] = dict(
+    hidden_size=2880,
+    vocab_size=201_088,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    head_dim=64,
+    experts_per_token=4,
+    intermediate_size=2880,
+)
+
+
+def _check_number(name: str, value: Any, *, whole: bool) -> None:
+    """Refuse what is not a positive, finite number of sensible size."""
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        kind = "a whole number" if whole else "a number"
+        raise ValueError(f"{name} must be {kind}, not {value!r}")
+    if not math.isfinite(value) or value <= 0 or (whole and value > LARGEST):
+        raise ValueError(f"{name} must be positive and at most {LARGEST}, not {value}")
+    if name == "num_hidden_layers" and value > 4096:
+        raise ValueError(f"num_hidden_layers must be at most 4096, not {value}")
+
+
+# Hugging Face's name -> ours, where one number is simply called something else.
+_RENAMED = {"num_local_experts": "num_experts", "num_experts_per_tok": "experts_per_token"}
+_SAME = (
+    "num_hidden_layers hidden_size vocab_size num_attention_heads num_key_value_heads head_dim "
+    "intermediate_size sliding_window swiglu_limit rms_norm_eps rope_theta"
+).split()
+# What the Hugging Face dialect carries besides, where only one value is gpt-oss.
+_FIXED = {
+    "attention_bias": True,
+    "hidden_act": "silu",  # the library's label; the activation is the clamped SwiGLU all the same
+    "tie_word_embeddings": False,
+}
+_IGNORED = set(
+    "architectures attention_dropout bos_token_id dtype eos_token_id experts_per_token "
+    "initial_context_length initializer_range max_position_embeddings model_type "
+    "output_router_logits pad_token_id quantization_config router_aux_loss_coef torch_dtype "
+    "transformers_version use_cache rope_scaling rope_parameters layer_types _name_or_path "
+    "output_attentions output_hidden_states return_dict chunk_size_feed_forward id2label label2id "
+    "is_encoder_decoder problem_type auto_map".split()
+)
+
+
+def _from_huggingface(raw: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """Our fields out of a ``GptOssForCausalLM`` config."""
+    values = {name: raw[name] for name in _SAME if name in raw}
+    values |= {ours: raw[theirs] for theirs, ours in _RENAMED.items() if theirs in raw}
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise CheckpointError(f"{origin}: rope_scaling must be a JSON object, not {rope!r}")
+    values |= _from_rope(rope, raw, origin)
+    for name, expected in _FIXED.items():
+        if raw.get(name, expected) != expected:
+            raise CheckpointError(f"{origin}: {name} is {raw[name]!r}; gpt-oss has {expected!r}")
+    layers = raw.get("layer_types")
+    if layers is not None:
+        kinds = ("sliding_attention", "full_attention")
+        if not isinstance(layers, list) or len(layers) != raw.get("num_hidden_layers"):
+            raise CheckpointError(f"{origin}: layer_types must name every one of the layers")
+        for i, kind in enumerate(layers):
+            if kind != kinds[i % 2]:
+                raise CheckpointError(
+                    f"{origin}: layer_types[{i}] is {kind!r}; gpt-oss has {kinds[i % 2]!r} there"
+                )
+    if extra := sorted(set(raw) - {*_SAME, *_RENAMED, *_FIXED, *_IGNORED}):
+        log.warning("%s: ignoring config fields unknown to gpt-oss: %s", origin, ", ".join(extra))
+    return values
+
+
+def _from_rope(rope: Mapping[str, Any], raw: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """The YaRN numbers, from ``rope_scaling`` or the newer ``rope_parameters``."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("yarn", "default"):
+        raise CheckpointError(f"{origin}: rope_type is {kind!r}; gpt-oss has 'yarn'")
+    if rope.get("truncate", False):
+        raise CheckpointError(
+            f"{origin}: truncate is true, but gpt-oss does not round the YaRN range; set it to false"
+        )
+    values: dict[str, Any] = {}
+    if "rope_theta" in rope:
+        values["rope_theta"] = rope["rope_theta"]
+    first = raw.get("initial_context_length", raw.get("max_position_embeddings"))
+    if first is not None:
+        values["initial_context_length"] = first
+    if kind == "default":
+        return values | {"rope_scaling_factor": 1.0, "rope_ntk_alpha": 1.0, "rope_ntk_beta": 32.0}
+    names = {
+        "factor": "rope_scaling_factor",
+        "beta_slow": "rope_ntk_alpha",
+        "beta_fast": "rope_ntk_beta",
+        "original_max_position_embeddings": "initial_context_length",
+    }
+    values |= {"rope_ntk_alpha": 1.0, "rope_ntk_beta": 32.0}  # YaRN's own defaults
+    return values | {ours: rope[theirs] for theirs, ours in names.items() if theirs in rope}
+
+
+def _to_huggingface(c: ModelConfig, packed: bool) -> dict[str, Any]:
+    config: dict[str, Any] = {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}
+    config |= {name: getattr(c, name) for name in _SAME}
+    config |= {theirs: getattr(c, ours) for theirs, ours in _RENAMED.items()} | _FIXED
+    kinds = ("sliding_attention", "full_attention")
+    config |= {
+        "experts_per_token": c.experts_per_token,
+        "initial_context_length": c.initial_context_length,
+        "layer_types": [kinds[i % 2] for i in range(c.num_hidden_layers)],
+        "max_position_embeddings": c.context_length,
+        "torch_dtype": "bfloat16",
+    }
+    if c.rope_scaling_factor > 1.0:
+        config["rope_scaling"] = {
+            "rope_type": "yarn",
+            "factor": c.rope_scaling_factor,
+            "beta_fast": c.rope_ntk_beta,
+            "beta_slow": c.rope_ntk_alpha,
+            "original_max_position_embeddings": c.initial_context_length,
+            "truncate": False,
+        }
+    if packed:
+        config["quantization_config"] = {
+            "quant_method": "mxfp4",
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn",
+                "model.layers.*.mlp.router",
+                "model.embed_tokens",
+                "lm_head",
+            ],
+        }
+    return config

@@ -1,0 +1,1 @@
+"""Words to tokens and back: the tokenizer, the harmony format, the parser."""
