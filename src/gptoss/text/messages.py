@@ -26,7 +26,7 @@ class Tool:
 class System:
     """The content of the system message. Defaults are the ones gpt-oss was trained with."""
 
-    identity: str = "You are ChatGPT, a large language model trained by OpenAI."
+    identity: str | None = "You are ChatGPT, a large language model trained by OpenAI."
     knowledge_cutoff: str | None = "2024-06"
     current_date: str | None = None  # YYYY-MM-DD; None leaves the line out
     effort: Effort = "medium"
