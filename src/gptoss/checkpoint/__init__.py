@@ -1,0 +1,1 @@
+"""Files on disk <-> canonical weights. This room renames and never repacks."""
