@@ -1,0 +1,1 @@
+"""PyTorch, eager. Compiled and distributed runs are this room with a wrapper."""

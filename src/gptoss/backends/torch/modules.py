@@ -1,0 +1,371 @@
+"""The classes people know. Each owns parameters; what it computes is ``model/model.py``.
+
+>>> config = nano()
+>>> RMSNorm(config.hidden_size)(x)          # any of them alone
+>>> model = Transformer(config)
+>>> logits = model(tokens)                  # [b, n] -> [b, n, V], causal, differentiable
+
+``state_dict()`` speaks the canonical names of ``model/weights.py``, which are the original
+checkpoint's. A router and an attention can be swapped for any callable.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptoss.backends.torch.cache import FullSequences, by_head
+from gptoss.backends.torch.ops import PackedTensor, TorchOps
+from gptoss.model import model, weights
+from gptoss.model.config import ModelConfig
+
+__all__ = [
+    "AttentionBlock",
+    "Experts",
+    "MLPBlock",
+    "ModelConfig",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "TopKRouter",
+    "Transformer",
+    "TransformerBlock",
+]
+
+Router = Callable[[Tensor], tuple[Tensor, Tensor]]  # [T, D] -> chosen int [T, k], share [T, k]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int | None], Tensor]
+"""(q [B, H, T, d], k and v [B, K, T, d], sinks [H], window) -> [B, H, T, d]."""
+
+
+class ModuleOps(TorchOps):
+    """``TorchOps`` that lets a module stand where the wiring expects a weight."""
+
+    def linear(self, x: Tensor, weight: Any, bias: Tensor | None) -> Any:
+        """See ``Ops.linear``. A swapped router answers here, with its choice in place of scores."""
+        return super().linear(x, weight, bias) if isinstance(weight, Tensor) else weight(x)
+
+    def route(self, scores: Any, k: int) -> tuple[Tensor, Tensor]:
+        """See ``Ops.route``."""
+        return super().route(scores, k) if isinstance(scores, Tensor) else scores
+
+    def experts(
+        self, x: Tensor, w: Any, chosen: Tensor, share: Tensor, config: ModelConfig
+    ) -> Tensor:
+        """See ``Ops.experts``."""
+        if isinstance(w.mlp1, Tensor | PackedTensor):
+            return super().experts(x, w, chosen, share, config)
+        mixed: Tensor = w.mlp1(x, chosen, share)
+        return mixed
+
+
+OPS = ModuleOps()
+
+
+class RMSNorm(nn.Module):
+    """[..., D] -> [..., D]."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.scale = nn.Parameter(torch.ones(hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See ``Ops.rms_norm``."""
+        return OPS.rms_norm(x, self.scale, self.eps)
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotates queries [..., n, H, d] and keys [..., n, K, d] by their positions, 0 to n - 1."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(
+        self, q: Tensor, k: Tensor, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Ops.rope``. ``positions``: int, shaped like q without its last two axes."""
+        where = _positions(q.shape[:-2], q.device, positions)
+        rotated = (OPS.rope(x.reshape(-1, *x.shape[-2:]), where, self.config) for x in (q, k))
+        new_q, new_k = rotated
+        return new_q.view(q.shape), new_k.view(k.shape)
+
+
+class TopKRouter(nn.Module):
+    """[T, D] -> chosen experts int [T, k] and their shares [T, k], best first."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.k = config.experts_per_token
+        self.weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
+        self.bias = nn.Parameter(torch.zeros(config.num_experts))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``Ops.route``."""
+        return OPS.route(OPS.linear(x, self.weight, self.bias), self.k)
+
+
+class Experts(nn.Module):
+    """All the experts of one layer: [T, D], their choice and shares [T, k] -> [T, D].
+
+    The two matrices are parameters, or ``PackedTensor`` after ``pack``.
+    """
+
+    mlp1_weight: nn.Parameter | PackedTensor
+    mlp2_weight: nn.Parameter | PackedTensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D, F, E = config.hidden_size, config.intermediate_size, config.num_experts
+        self.config = config
+        self.mlp1_weight = nn.Parameter(torch.zeros(E, 2 * F, D))
+        self.mlp1_bias = nn.Parameter(torch.zeros(E, 2 * F))
+        self.mlp2_weight = nn.Parameter(torch.zeros(E, D, F))
+        self.mlp2_bias = nn.Parameter(torch.zeros(E, D))
+
+    @property
+    def mlp1(self) -> Tensor | PackedTensor:
+        """[E, 2F, D], the name the operations know."""
+        return self.mlp1_weight
+
+    @property
+    def mlp2(self) -> Tensor | PackedTensor:
+        """[E, D, F], the name the operations know."""
+        return self.mlp2_weight
+
+    def forward(self, x: Tensor, chosen: Tensor, share: Tensor) -> Tensor:
+        """See ``Ops.experts``."""
+        return OPS.experts(x, self, chosen, share, self.config)
+
+
+class AttentionBlock(nn.Module):
+    """Norm, attention and residual: [n, D] -> [n, D] or [b, n, D] -> [b, n, D].
+
+    Args:
+        config: the model's numbers.
+        layer: which layer this is; even ones slide.
+        attend: another attention; see ``Attend``.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int = 0, attend: Attend | None = None) -> None:
+        super().__init__()
+        D, H, d = config.hidden_size, config.num_attention_heads, config.head_dim
+        self.config, self.layer, self.attend = config, layer, attend
+        self.norm = RMSNorm(D, config.rms_norm_eps)
+        self.qkv = nn.Linear(D, config.qkv_size)
+        self.out = nn.Linear(H * d, D)
+        self.sinks = nn.Parameter(torch.zeros(H))
+        reset_parameters(self)
+
+    def tree(self) -> weights.Attention:
+        """The parameters by the names the wiring reads."""
+        return weights.Attention(
+            norm=self.norm.scale,
+            qkv=self.qkv.weight,
+            qkv_bias=self.qkv.bias,
+            sinks=self.sinks,
+            out=self.out.weight,
+            out_bias=self.out.bias,
+        )
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Positions: int [n] or [b, n]; by default each row starts at 0."""
+        flat, where = x.reshape(-1, x.shape[-1]), _positions(x.shape[:-1], x.device, positions)
+        kv = _Rows(x.shape[:-1], {self.layer: self.attend})
+        out: Tensor = model.attention(
+            self.tree(), flat, where, self.layer, kv, OPS, self.config, model.no_trace
+        )
+        return x + out.view(x.shape)
+
+
+class MLPBlock(nn.Module):
+    """Norm, router, experts and residual: [n, D] -> [n, D] or [b, n, D] -> [b, n, D].
+
+    Args:
+        config: the model's numbers.
+        router: another router: [T, D] -> int [T, k], [T, k].
+        experts: other experts: ([T, D], int [T, k], [T, k]) -> [T, D].
+    """
+
+    gate: Any
+    experts: Any
+
+    def __init__(
+        self, config: ModelConfig, router: Router | None = None, experts: Any = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gate = router or TopKRouter(config)
+        self.experts = experts or Experts(config)
+        self.register_state_dict_post_hook(_leave_experts_out)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_put_experts_in)  # type: ignore[no-untyped-call]
+        reset_parameters(self)
+
+    def tree(self) -> weights.Mixture:
+        """The parameters by the names the wiring reads; a swapped part stands for its weights."""
+        own = isinstance(self.gate, TopKRouter), isinstance(self.experts, Experts)
+        e = self.experts
+        return weights.Mixture(
+            norm=self.norm.scale,
+            gate=self.gate.weight if own[0] else self.gate,
+            gate_bias=self.gate.bias if own[0] else None,
+            mlp1=e.mlp1_weight if own[1] else e,
+            mlp1_bias=e.mlp1_bias if own[1] else None,
+            mlp2=e.mlp2_weight if own[1] else None,
+            mlp2_bias=e.mlp2_bias if own[1] else None,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See ``model.mixture``."""
+        flat = x.reshape(-1, x.shape[-1])
+        out = model.mixture(self.tree(), flat, "mlp", OPS, self.config, model.no_trace)
+        mixed: Tensor = x + out.view(x.shape)
+        return mixed
+
+
+class TransformerBlock(nn.Module):
+    """One layer: [n, D] -> [n, D] or [b, n, D] -> [b, n, D]. See its two halves for arguments."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int = 0,
+        attend: Attend | None = None,
+        router: Router | None = None,
+        experts: Any = None,
+    ) -> None:
+        super().__init__()
+        self.attn = AttentionBlock(config, layer, attend)
+        self.mlp = MLPBlock(config, router, experts)
+
+    def tree(self) -> weights.Block:
+        """The parameters by the names the wiring reads."""
+        return weights.Block(self.attn.tree(), self.mlp.tree())
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """See ``model.decode_block``."""
+        mixed: Tensor = self.mlp(self.attn(x, positions))
+        return mixed
+
+
+class Transformer(nn.Module):
+    """All of gpt-oss: tokens [n] -> logits [n, V], or [b, n] -> [b, n, V].
+
+    Args:
+        config: the model's numbers.
+        router: makes one router a layer, from the config.
+        attend: another attention, for every layer; see ``Attend``.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        router: Callable[[ModelConfig], Router] = TopKRouter,
+        attend: Attend | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.block = nn.ModuleList(
+            TransformerBlock(config, layer, attend, router(config))
+            for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.unembedding = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """A fresh start for training: see ``reset_parameters`` of this module."""
+        reset_parameters(self, generator)
+
+    def tree(self) -> weights.Weights:
+        """The parameters by the names the wiring reads."""
+        return weights.Weights(
+            self.embedding.weight,
+            [block.tree() for block in self.block],  # type: ignore[operator]
+            self.norm.scale,
+            self.unembedding.weight,
+        )
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        *,
+        wanted: Tensor | None = None,
+        trace: model.Trace = model.no_trace,
+    ) -> Tensor:
+        """Logits of the token after each one.
+
+        Args:
+            tokens: int [n] or [b, n]. Attention is causal, so padding on the right needs no mask.
+            positions: int [n] or [b, n], by default each row starts at 0.
+            wanted: int [W], indices into the flattened tokens; only their logits are computed.
+            trace: see ``model/model.py``.
+
+        Returns:
+            [n, V] or [b, n, V]; [W, V] when ``wanted`` is given.
+        """
+        where = _positions(tokens.shape, tokens.device, positions)
+        every = torch.arange(tokens.numel(), device=tokens.device)
+        blocks: Any = self.block
+        logits: Tensor = model.forward(
+            self.tree(),
+            tokens.reshape(-1),
+            where,
+            every if wanted is None else wanted,
+            kv=_Rows(tokens.shape, {i: block.attn.attend for i, block in enumerate(blocks)}),
+            ops=OPS,
+            config=self.config,
+            trace=trace,
+        )
+        return logits.view(*tokens.shape, -1) if wanted is None else logits
+
+
+def reset_parameters(module: nn.Module, generator: torch.Generator | None = None) -> None:
+    """Matrices from a normal of deviation 0.02, norms one, biases and sinks zero."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.dim() > 1 and not name.endswith("bias"):
+                parameter.normal_(0.0, 0.02, generator=generator)
+            else:
+                parameter.fill_(1.0 if name.endswith("scale") else 0.0)
+
+
+class _Rows(FullSequences):
+    """``FullSequences`` of one [n] or [b, n], where a layer may bring its own attention."""
+
+    def __init__(self, shape: torch.Size, attends: Mapping[int, Attend | None]) -> None:
+        batch = shape[0] if len(shape) == 2 else 1
+        super().__init__([shape[-1]] * batch)
+        self.attends = attends
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: int | None
+    ) -> Tensor:
+        """See ``KV.attend``."""
+        other = self.attends[layer]
+        if other is None:
+            return super().attend(layer, q, k, v, sinks, window)
+        q, k, v = (by_head(x, self.longest) for x in (q, k, v))
+        return other(q, k, v, sinks, window).transpose(1, 2).flatten(0, 1)
+
+
+def _positions(shape: torch.Size, device: torch.device, given: Tensor | None) -> Tensor:
+    """int [T]: ``given``, or counted from 0 in each row of ``shape`` [n] or [b, n]."""
+    where = torch.arange(shape[-1], device=device) if given is None else given
+    return where.expand(shape).reshape(-1)
+
+
+def _leave_experts_out(block: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Canonical names have no ``experts.`` between ``mlp.`` and a matrix."""
+    for name in [n for n in state if n.startswith(f"{prefix}experts.")]:
+        state[prefix + name.removeprefix(f"{prefix}experts.")] = state.pop(name)
+
+
+def _put_experts_in(block: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """The other way around, while loading."""
+    for name in [n for n in state if n.startswith((f"{prefix}mlp1_", f"{prefix}mlp2_"))]:
+        state[f"{prefix}experts.{name.removeprefix(prefix)}"] = state.pop(name)
