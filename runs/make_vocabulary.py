@@ -13,7 +13,7 @@ import lzma
 import sys
 from pathlib import Path
 
-from gptoss.text.tokenizer import O200K_SHA256, unpack_ranks
+from gptoss.text.vocabulary import O200K_SHA256, unpack_ranks
 
 
 def main(source: Path, target: Path) -> None:

@@ -7,15 +7,17 @@ difference: text that goes into a header must be a plain word, so that no name c
 Format: https://cookbook.openai.com/articles/openai-harmony
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, get_args
 
-from .messages import Developer, Effort, Message, Role, System, Tool
-from .tokenizer import Tokenizer
-from .tools import PATH, WORD, builtin, namespace, plain
+from gptoss.text.messages import Developer, Effort, Message, Role, System, Tool
+from gptoss.text.tokenizer import Tokenizer
+from gptoss.text.tools import PATH, WORD, builtin, namespace, plain
 
-_CONSTRAIN = "<|constrain|>"
+_CONSTRAIN = "<|constrain|>"  # json is always constrained; other types where they say so
+_KIND = re.compile(rf"({re.escape(_CONSTRAIN)})?{WORD.pattern}")
 
 
 def render(
@@ -92,11 +94,11 @@ def _message(message: Message, tokenizer: Tokenizer, functions: bool) -> Iterato
         yield tokenizer.special("<|channel|>")
         yield from tokenizer.encode(plain("channel", message.channel, WORD))
     if message.content_type is not None:
-        kind = plain("content_type", message.content_type.removeprefix(_CONSTRAIN), WORD)
-        if kind == "json" or message.content_type.startswith(_CONSTRAIN):
+        kind = plain("content_type", message.content_type, _KIND)
+        if kind == "json" or kind.startswith(_CONSTRAIN):
             yield from tokenizer.encode(" ")
             yield tokenizer.special(_CONSTRAIN)
-            yield from tokenizer.encode(kind)
+            yield from tokenizer.encode(kind.removeprefix(_CONSTRAIN))
         else:
             yield from tokenizer.encode(" " + kind)
     yield tokenizer.special("<|message|>")

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .messages import Tool
+from gptoss.text.messages import Tool
 
 WORD = re.compile(r"[A-Za-z0-9_-]{1,64}")
 PATH = re.compile(r"[A-Za-z0-9_-]{1,64}(\.[A-Za-z0-9_-]{1,64})*")
@@ -87,7 +87,9 @@ def _type(schema: object, indent: str) -> str:
         case "object":
             return _object(schema, indent)
         case "array":
-            return _type(_get(schema, "items"), indent) + "[]" if _has(schema, "items") else "Array<any>"
+            if not _has(schema, "items"):
+                return "Array<any>"
+            return _type(_get(schema, "items"), indent) + "[]"
         case "string":
             values = [v for v in _list(schema, "enum") or () if isinstance(v, str)]
             return " | ".join(f'"{value}"' for value in values) or "string"
@@ -107,8 +109,9 @@ def _nullable(schema: object, indent: str) -> str:
 def _variant(schema: object, indent: str) -> str:
     notes = [note for note in [_text(schema, "description")] if note is not None]
     if _has(schema, "default"):
-        quoted = _list(schema, "enum") and _text(schema, "default") is not None
-        notes.append(f"default: {_json(_get(schema, "default"))}" if quoted else _default(schema))
+        # Unlike in a property, an enum's default is written as JSON here.
+        json_text = f"default: {_json(_get(schema, 'default'))}"
+        notes.append(json_text if _list(schema, "enum") else _default(schema))
     return _nullable(schema, indent + "   ") + (" // " + " ".join(notes) if notes else "")
 
 
