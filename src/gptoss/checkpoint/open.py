@@ -75,7 +75,7 @@ class Checkpoint:
                 return parts["whole"]
 
     def dense(self, name: str, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
-        """A canonical tensor as numbers; packed experts are decoded."""
+        """A canonical tensor as numbers; packed experts are decoded. Read-only if stored so."""
         stored = self.read(name)
         if isinstance(stored, Packed):
             return stored.decode(dtype)
@@ -139,15 +139,15 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
             contradictory.
     """
     path = Path(path)
-    folder = path if path.is_dir() else path.parent
     try:
-        return _open(path, folder)
+        return _open(path, path if path.is_dir() else path.parent)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
     except CheckpointError as error:
-        if left := unfinished(folder):
-            raise CheckpointError(
-                f"{error} {left} lies there: the download is unfinished."
-            ) from None
-        raise
+        folder = path if path.is_dir() else path.parent
+        if not path.exists() or not (left := unfinished(folder)):
+            raise
+        raise CheckpointError(f"{error} {left} lies there: an unfinished download.") from None
 
 
 def layout_of(names: Iterable[str], origin: str = "checkpoint") -> Layout:
@@ -180,11 +180,11 @@ def _open(path: Path, folder: Path) -> Checkpoint:
             "Write it again."
         )
     files, placed = find(path)
+    tensors = read_all(files, placed, folder)
     config_path = folder / "config.json"
-    if not config_path.is_file():
+    if not config_path.exists():
         raise CheckpointError(f"{config_path}: missing. Without it the weights have no meaning.")
     config = ModelConfig.from_json(read_json(config_path), origin=str(config_path))
-    tensors = read_all(files, placed, folder)
     layout = layout_of(tensors, str(path))
     _check(path, config, layout, tensors)
     nbytes = sum({t.path: len(t.mapped) for t in tensors.values()}.values())
@@ -208,9 +208,12 @@ def _check(path: Path, c: ModelConfig, layout: Layout, tensors: dict[str, HostTe
     }
     said = [f"{len(f)} {kind} ({_handful(f)})" for kind, f in faults.items() if f]
     if said:
+        part = (
+            "files are missing" if path.is_dir() else "this is one of several (give the directory)"
+        )
         raise CheckpointError(
             f"{path}: as a checkpoint in the {layout.name} layout, it has {'; '.join(said)}. "
-            "Either files are missing, or config.json and weights belong to different models."
+            f"Either {part}, or config.json and weights belong to different models."
         )
 
 
