@@ -1,12 +1,206 @@
 """``KV`` in PyTorch: whole sequences for training, and a cache for generation.
 
-Attention is torch's fused kernel, which knows no sinks. Both of its two entrances here are exact:
-one more key whose logit is the sink and whose value is zero.
+Attention is torch's fused kernel, which knows no sinks. Both entrances here are exact: one more key
+whose value is zero and whose score is the sink.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from gptoss.backends.protocol import Batch
+from gptoss.backends.slots import Slots
+from gptoss.errors import CacheMiss
+from gptoss.model.config import ModelConfig
+
+SPARE = 128  # tokens that can always be rewound, beyond a sliding layer's window
+QUERIES = 512  # of one row, attended together at most
+SCORES = 1 << 23  # H * queries * keys, attended together at most
+
+
+class TorchCache(Slots):
+    """Per slot and layer, the keys and values so far, in buffers that grow with their row.
+
+    A full layer holds the whole row. A sliding layer holds the window and what may be rewound into:
+    ``SPARE`` tokens at least, twice that at most, however long the row is.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        max_tokens: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(max_tokens)
+        self.config, self.dtype, self.device = config, dtype, device
+        self.strips: dict[int, list[Strip]] = {}  # by slot, then by layer
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values now allocated."""
+        return sum(2 * strip.k.nbytes for strips in self.strips.values() for strip in strips)
+
+    def open(self) -> int:
+        """See ``Cache.open``."""
+        slot = super().open()
+        K, d = self.config.num_key_value_heads, self.config.head_dim
+        empty = torch.zeros(K, 1, d, dtype=self.dtype, device=self.device)
+        layers = range(self.config.num_hidden_layers)
+        self.strips[slot] = [Strip(empty, empty, self.config.window(i)) for i in layers]
+        return slot
+
+    def truncate(self, slot: int, length: int) -> None:
+        """See ``Cache.truncate``."""
+        self._check(slot, length)
+        super().truncate(slot, length)
+        self.strips[slot] = [strip.head(length) for strip in self.strips[slot]]
+
+    def fork(self, slot: int, length: int) -> int:
+        """See ``Cache.fork``. The bytes are copied: neither row ever sees the other's."""
+        self._check(slot, length)
+        child = self.open()
+        try:
+            self.reserve(child, length)
+        except BaseException:
+            self.close(child)
+            raise
+        self.strips[child] = [strip.head(length, copy=True) for strip in self.strips[slot]]
+        return child
+
+    def close(self, slot: int) -> None:
+        """See ``Cache.close``."""
+        super().close(slot)
+        del self.strips[slot]
+
+    def _check(self, slot: int, length: int) -> None:
+        """Raise CacheMiss unless every layer still holds what a token at ``length`` looks at."""
+        for strip in self.strips[slot]:
+            if length and strip.window and strip.first > max(0, length - strip.window + 1):
+                raise CacheMiss(
+                    f"slot {slot} was asked for its first {length} tokens, but its sliding layers "
+                    f"hold positions {strip.first} to {strip.length - 1} only"
+                )
+
+
+class Strip:
+    """One layer's keys and values of one row: positions ``first`` to ``length - 1``.
+
+    Row 0 of both buffers is zero for ever, the key and value of the sink; position ``first`` is
+    row 1. Invariant: everything that a query at ``length`` can see is held.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, window: int | None) -> None:
+        self.k, self.v, self.window = k, v, window  # [K, 1 + capacity, d]
+        self.first = self.length = 0
+
+    @property
+    def held(self) -> int:
+        """Positions held."""
+        return self.length - self.first
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k, v [K, t, d] -> the zero row and all that the new queries may see."""
+        t, held = k.shape[1], self.held
+        limit = None if self.window is None else self.window - 1 + 2 * SPARE
+        if limit is None or held + t <= limit:
+            self._grow(held + t, limit)
+            self.k[:, 1 + held : 1 + held + t], self.v[:, 1 + held : 1 + held + t] = k, v
+            self.length += t
+            return self.k[:, : 1 + held + t], self.v[:, : 1 + held + t]
+        assert self.window is not None
+        keys = torch.cat([self.k[:, : 1 + held], k], dim=1)
+        values = torch.cat([self.v[:, : 1 + held], v], dim=1)
+        keep = min(self.window - 1 + SPARE, held + t)
+        self._grow(keep, limit)
+        self.k[:, 1 : 1 + keep], self.v[:, 1 : 1 + keep] = keys[:, -keep:], values[:, -keep:]
+        self.length += t
+        self.first = self.length - keep
+        return keys, values
+
+    def head(self, length: int, *, copy: bool = False) -> "Strip":
+        """The strip as it was when the row had ``length`` tokens."""
+        new = Strip(self.k, self.v, self.window)
+        new.length = min(length, self.length)
+        new.first = min(self.first, new.length)
+        if copy or 2 * (1 + new.held) < self.k.shape[1]:  # give back what is not worth keeping
+            new.k, new.v = (x[:, : 1 + new.held].clone() for x in (self.k, self.v))
+        return new
+
+    def _grow(self, rows: int, limit: int | None) -> None:
+        """Room for ``rows`` positions, a quarter more at a time."""
+        capacity = self.k.shape[1] - 1
+        if rows <= capacity:
+            return
+        capacity = max(rows, capacity * 5 // 4, 16)
+        capacity = capacity if limit is None else min(capacity, limit)
+        K, old, d = self.k.shape
+        for name in ("k", "v"):
+            buffer = self.k.new_zeros(K, 1 + capacity, d)
+            buffer[:, :old] = getattr(self, name)
+            setattr(self, name, buffer)
+
+
+class TorchView:
+    """``KV`` for one step: every row with its own past."""
+
+    def __init__(self, cache: TorchCache, batch: Batch) -> None:
+        self.cache, self.slots = cache, batch.slots.tolist()
+        self.starts, self.past = batch.starts.tolist(), batch.past.tolist()
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: int | None
+    ) -> Tensor:
+        """See ``KV.attend``."""
+        out = torch.empty_like(q)
+        for r, slot in enumerate(self.slots):
+            new, strip = slice(self.starts[r], self.starts[r + 1]), self.cache.strips[slot][layer]
+            assert strip.length == self.past[r], f"slot {slot} holds {strip.length} tokens"
+            keys, values = strip.extend(k[new].transpose(0, 1), v[new].transpose(0, 1))
+            out[new] = attend_past(q[new], keys, values, sinks, window)
+        return out
+
+
+def attend_past(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: int | None) -> Tensor:
+    """See ``gptoss.model.reference.attend_row``; a few queries at a time, so memory is bounded.
+
+    Args:
+        q: [t, H, d], the newest t tokens of one row.
+        k, v: [K, 1 + n, d], a row of zeros and then the n >= t keys, oldest first.
+        sinks: [H].
+        window: how many keys each query sees, its own included (None: all).
+
+    Returns:
+        [t, H, d].
+    """
+    t, H, d = q.shape
+    K, n = k.shape[0], k.shape[1] - 1
+    out, start = torch.empty_like(q), 0
+    while start < t:
+        step = max(1, min(QUERIES, SCORES // (H * min(n, QUERIES + (window or n)))))
+        stop = min(start + step, t)
+        low = 0 if window is None else max(0, n - t + start - window + 1)  # oldest key anyone sees
+        high = n - t + stop
+        keys, values = (
+            x[:, : 1 + high] if low == 0 else torch.cat([x[:, :1], x[:, 1 + low : 1 + high]], dim=1)
+            for x in (k, v)
+        )
+        # Queries of the heads that share a key head are laid side by side: no key is repeated.
+        c = stop - start
+        queries = q[start:stop].view(c, K, H // K, d).permute(1, 2, 0, 3)  # [K, H/K, c, d]
+        age = torch.arange(n - t + start, n - t + stop, device=q.device)[:, None] - torch.arange(
+            low, high, device=q.device
+        )  # [c, high - low], 0 is "now"
+        hidden = age < 0 if window is None else (age < 0) | (age >= window)
+        mask = q.new_zeros(K, H // K, c, 1 + high - low)
+        mask[..., 1:].masked_fill_(hidden, -torch.inf)
+        mask[..., 0] = sinks.view(K, H // K, 1)
+        mixed = F.scaled_dot_product_attention(
+            queries.flatten(1, 2)[None], keys[None], values[None], mask.flatten(1, 2)[None]
+        )  # [1, K, H/K * c, d]
+        out[start:stop] = mixed.view(K, H // K, c, d).permute(2, 0, 1, 3).reshape(c, H, d)
+        start = stop
+    return out
 
 
 class FullSequences:

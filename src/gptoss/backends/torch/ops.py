@@ -112,8 +112,8 @@ def expert(x: Tensor, w: Any, e: int, limit: float) -> Tensor:
 
 
 def unpack(stack: Tensor | PackedTensor, e: int, dtype: torch.dtype) -> Tensor:
-    """Matrix ``e`` of a stack, decoded if it is packed."""
-    return stack.decode(dtype, e) if isinstance(stack, PackedTensor) else stack[e]
+    """Matrix ``e`` of a stack, decoded if it is packed, cast if it is of another dtype."""
+    return stack.decode(dtype, e) if isinstance(stack, PackedTensor) else stack[e].to(dtype)
 
 
 def swiglu(x: Tensor, limit: float) -> Tensor:
