@@ -11,14 +11,12 @@ from torch import Tensor
 from gptoss.backends.protocol import Batch, Cache, Sampling
 from gptoss.backends.sampling import sample_rows
 from gptoss.backends.torch.cache import TorchCache, TorchView
-from gptoss.backends.torch.ops import PackedTensor, TorchOps, from_numpy
+from gptoss.backends.torch.ops import DTYPES, PackedTensor, TorchOps, from_numpy
 from gptoss.errors import BackendUnavailable, ContextExceeded
 from gptoss.model import model
 from gptoss.model.config import ModelConfig
 from gptoss.model.mxfp4 import Packed
 from gptoss.model.weights import Read, build
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 class TorchBackend:

@@ -9,16 +9,20 @@
 checkpoint's. A router and an attention can be swapped for any callable.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gptoss.backends.torch.cache import FullSequences, by_head
-from gptoss.backends.torch.ops import PackedTensor, TorchOps
+from gptoss.backends.torch.ops import DTYPES, PackedTensor, TorchOps, from_numpy
+from gptoss.checkpoint.open import LAYOUTS, open_checkpoint
 from gptoss.model import model, weights
 from gptoss.model.config import ModelConfig
+from gptoss.model.mxfp4 import Packed
 
 __all__ = [
     "AttentionBlock",
@@ -30,11 +34,14 @@ __all__ = [
     "TopKRouter",
     "Transformer",
     "TransformerBlock",
+    "canonical_state_dict",
+    "reset_parameters",
 ]
 
 Router = Callable[[Tensor], tuple[Tensor, Tensor]]  # [T, D] -> chosen int [T, k], share [T, k]
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int | None], Tensor]
 """(q [B, H, T, d], k and v [B, K, T, d], sinks [H], window) -> [B, H, T, d]."""
+Mixer = Callable[[Tensor, Tensor, Tensor], Tensor]  # [T, D], chosen, share -> [T, D]
 
 
 class ModuleOps(TorchOps):
@@ -97,8 +104,9 @@ class TopKRouter(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.k = config.experts_per_token
-        self.weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
-        self.bias = nn.Parameter(torch.zeros(config.num_experts))
+        self.weight = _zeros(config.num_experts, config.hidden_size)
+        self.bias = _zeros(config.num_experts)
+        reset_parameters(self)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See ``Ops.route``."""
@@ -108,20 +116,22 @@ class TopKRouter(nn.Module):
 class Experts(nn.Module):
     """All the experts of one layer: [T, D], their choice and shares [T, k] -> [T, D].
 
-    The two matrices are parameters, or ``PackedTensor`` after ``pack``.
+    With ``packed`` the two matrices are MXFP4: a quarter of the memory, and not trainable.
     """
 
-    mlp1_weight: nn.Parameter | PackedTensor
-    mlp2_weight: nn.Parameter | PackedTensor
+    mlp1_weight: Tensor | PackedTensor
+    mlp2_weight: Tensor | PackedTensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, packed: bool = False) -> None:
         super().__init__()
         D, F, E = config.hidden_size, config.intermediate_size, config.num_experts
+        make = PackedTensor.zeros if packed else _zeros
         self.config = config
-        self.mlp1_weight = nn.Parameter(torch.zeros(E, 2 * F, D))
-        self.mlp1_bias = nn.Parameter(torch.zeros(E, 2 * F))
-        self.mlp2_weight = nn.Parameter(torch.zeros(E, D, F))
-        self.mlp2_bias = nn.Parameter(torch.zeros(E, D))
+        self.mlp1_weight = make(E, 2 * F, D)
+        self.mlp1_bias = _zeros(E, 2 * F)
+        self.mlp2_weight = make(E, D, F)
+        self.mlp2_bias = _zeros(E, D)
+        reset_parameters(self)
 
     @property
     def mlp1(self) -> Tensor | PackedTensor:
@@ -154,7 +164,7 @@ class AttentionBlock(nn.Module):
         self.norm = RMSNorm(D, config.rms_norm_eps)
         self.qkv = nn.Linear(D, config.qkv_size)
         self.out = nn.Linear(H * d, D)
-        self.sinks = nn.Parameter(torch.zeros(H))
+        self.sinks = _zeros(H)
         reset_parameters(self)
 
     def tree(self) -> weights.Attention:
@@ -187,34 +197,26 @@ class MLPBlock(nn.Module):
         experts: other experts: ([T, D], int [T, k], [T, k]) -> [T, D].
     """
 
-    gate: Any
-    experts: Any
-
     def __init__(
-        self, config: ModelConfig, router: Router | None = None, experts: Any = None
+        self, config: ModelConfig, router: Router | None = None, experts: Mixer | None = None
     ) -> None:
         super().__init__()
         self.config = config
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.gate = router or TopKRouter(config)
-        self.experts = experts or Experts(config)
+        self.gate: Router = router or TopKRouter(config)
+        self.experts: Mixer = experts or Experts(config)
         self.register_state_dict_post_hook(_leave_experts_out)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_put_experts_in)  # type: ignore[no-untyped-call]
-        reset_parameters(self)
 
     def tree(self) -> weights.Mixture:
         """The parameters by the names the wiring reads; a swapped part stands for its weights."""
-        own = isinstance(self.gate, TopKRouter), isinstance(self.experts, Experts)
-        e = self.experts
-        return weights.Mixture(
-            norm=self.norm.scale,
-            gate=self.gate.weight if own[0] else self.gate,
-            gate_bias=self.gate.bias if own[0] else None,
-            mlp1=e.mlp1_weight if own[1] else e,
-            mlp1_bias=e.mlp1_bias if own[1] else None,
-            mlp2=e.mlp2_weight if own[1] else None,
-            mlp2_bias=e.mlp2_bias if own[1] else None,
-        )
+        tree = weights.Mixture(self.norm.scale, self.gate, None, self.experts, None, None, None)
+        if isinstance(self.gate, TopKRouter):
+            tree.gate, tree.gate_bias = self.gate.weight, self.gate.bias
+        if isinstance(e := self.experts, Experts):
+            tree.mlp1, tree.mlp1_bias = e.mlp1_weight, e.mlp1_bias
+            tree.mlp2, tree.mlp2_bias = e.mlp2_weight, e.mlp2_bias
+        return tree
 
     def forward(self, x: Tensor) -> Tensor:
         """See ``model.mixture``."""
@@ -233,7 +235,7 @@ class TransformerBlock(nn.Module):
         layer: int = 0,
         attend: Attend | None = None,
         router: Router | None = None,
-        experts: Any = None,
+        experts: Mixer | None = None,
     ) -> None:
         super().__init__()
         self.attn = AttentionBlock(config, layer, attend)
@@ -256,6 +258,7 @@ class Transformer(nn.Module):
         config: the model's numbers.
         router: makes one router a layer, from the config.
         attend: another attention, for every layer; see ``Attend``.
+        packed: keep experts in MXFP4; see ``Experts``.
     """
 
     def __init__(
@@ -264,17 +267,62 @@ class Transformer(nn.Module):
         *,
         router: Callable[[ModelConfig], Router] = TopKRouter,
         attend: Attend | None = None,
+        packed: bool = False,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.packed = config, packed
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.block = nn.ModuleList(
-            TransformerBlock(config, layer, attend, router(config))
+            TransformerBlock(config, layer, attend, router(config), Experts(config, packed=packed))
             for layer in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.unembedding = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.reset_parameters()
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: Path | str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | str = "bfloat16",
+        *,
+        packed: bool = True,
+    ) -> "Transformer":
+        """The model in a checkpoint of any layout, in memory of its own.
+
+        ``packed``: experts that are stored as MXFP4 stay so; False decodes them, to be trained.
+
+        Raises:
+            CheckpointError: nothing there, or not what it claims to be.
+        """
+        if isinstance(dtype, str):
+            dtype = DTYPES[dtype]
+        checkpoint = open_checkpoint(path)
+        with torch.device("meta"):
+            module = cls(checkpoint.config, packed=packed and checkpoint.layout.packed)
+        state: dict[str, Tensor] = {}
+        for spec in weights.specs(checkpoint.config):
+            stored = checkpoint.read(spec.name)
+            if not isinstance(stored, Packed):
+                state[spec.name] = from_numpy(stored).to(device, dtype, copy=True)
+                continue
+            tensor = PackedTensor(*(from_numpy(x.copy()) for x in (stored.blocks, stored.scales)))
+            if module.packed:
+                state |= {f"{spec.name}.{k}": v for k, v in tensor.to(device).state_dict().items()}
+            else:
+                state[spec.name] = tensor.to(device).decode(dtype)
+        module.load_state_dict(state, assign=True)
+        return module
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Also understands every checkpoint layout's names; see ``canonical_state_dict``."""
+        state = canonical_state_dict(state_dict, self.config)
+        if not self.packed:
+            state = _unpacked(state, self.embedding.weight.dtype)
+        return super().load_state_dict(state, strict, assign)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """A fresh start for training: see ``reset_parameters`` of this module."""
@@ -332,6 +380,44 @@ def reset_parameters(module: nn.Module, generator: torch.Generator | None = None
                 parameter.normal_(0.0, 0.02, generator=generator)
             else:
                 parameter.fill_(1.0 if name.endswith("scale") else 0.0)
+
+
+def canonical_state_dict(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """``state`` by canonical names, whichever layout it is in; names unknown to all are kept.
+
+    Understands the original layout and Hugging Face's ``GptOssForCausalLM``, packed or not. Packed
+    experts stay so, as ``<name>.blocks`` and ``<name>.scales``.
+    """
+    entries = {e.name: e for layout in LAYOUTS.values() for e in layout.entries(config)}
+    new, rows = {}, defaultdict(list)
+    for name, tensor in state.items():
+        entry = entries.get(name)
+        if entry is None:
+            new[name] = tensor
+        elif entry.part == "rows":
+            rows[entry.canonical].append((entry.rows, tensor))
+        elif entry.part == "transposed":
+            new[entry.canonical] = tensor.mT
+        else:
+            half = "" if entry.part == "whole" else f".{entry.part}"
+            new[entry.canonical + half] = tensor
+    for name, parts in rows.items():
+        new[name] = torch.cat([tensor for _, tensor in sorted(parts, key=lambda part: part[0])])
+    return new
+
+
+def _unpacked(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """``state`` with every pair of blocks and scales decoded."""
+    new = dict(state)
+    for name in [n.removesuffix(".blocks") for n in state if n.endswith(".blocks")]:
+        if f"{name}.scales" in new:
+            packed = PackedTensor(new.pop(f"{name}.blocks"), new.pop(f"{name}.scales"))
+            new[name] = packed.decode(dtype)
+    return new
+
+
+def _zeros(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(*shape))
 
 
 class _Rows(FullSequences):

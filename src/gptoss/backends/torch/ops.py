@@ -16,6 +16,8 @@ from gptoss.model.config import ModelConfig
 from gptoss.model.mxfp4 import BIAS, BLOCK, PAIRS, Packed
 from gptoss.model.reference import rope_tables
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
 
 class TorchOps:
     """``Ops`` in PyTorch."""
@@ -84,6 +86,15 @@ class PackedTensor(nn.Module):
     def of(cls, packed: Packed, device: torch.device | str = "cpu") -> "PackedTensor":
         """The same bytes on ``device``; on the CPU not even copied."""
         return cls(from_numpy(packed.blocks, device), from_numpy(packed.scales, device))
+
+    @classmethod
+    def zeros(cls, *shape: int) -> "PackedTensor":
+        """Room for [..., rows, columns] numbers, columns a multiple of 32."""
+        *rows, columns = shape
+        if columns % BLOCK:
+            raise ValueError(f"MXFP4 packs blocks of {BLOCK}, but the rows have {columns} columns")
+        scales = torch.zeros(*rows, columns // BLOCK, dtype=torch.uint8)
+        return cls(scales.new_zeros(*scales.shape, BLOCK // 2), scales)
 
     @property
     def shape(self) -> tuple[int, ...]:
