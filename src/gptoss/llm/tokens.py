@@ -1,0 +1,205 @@
+"""A checkpoint as tokens in, tokens out: the same on every backend."""
+
+import re
+import secrets
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from gptoss.backends import load_backend
+from gptoss.backends.protocol import Sampling
+from gptoss.checkpoint.open import Checkpoint, open_checkpoint
+from gptoss.engine.generate import Drawn, Generator
+from gptoss.errors import TokenizerError
+from gptoss.llm.models import resolve
+from gptoss.llm.plan import Plan, make_plan
+from gptoss.model.weights import Stored, specs
+from gptoss.text.tokenizer import Tokenizer
+
+O200K_SIZE = 201_088
+NEEDED = ("start", "end", "message", "channel", "constrain", "return", "call", "endoftext")
+RESERVED = re.compile(r"<\|reserved_\d+\|>")
+Progress = Callable[[int, int], None]  # tensors loaded, tensors in all
+Announce = Callable[[Plan], None]
+
+
+class TokenGenerator:
+    """``TokenGenerator(dir).generate(tokens)``.
+
+    Ids that no token has, and the reserved ones at the end of the vocabulary, are never drawn.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        backend: str = "auto",
+        *,
+        dtype: str | None = None,
+        device: str | None = None,
+        max_tokens: int | None = None,
+        force: bool = False,
+        announce: Announce | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Load a model.
+
+        Args:
+            checkpoint: a path, "nano", or a Hugging Face id.
+            max_tokens: room for prompt and answer together; by default 16,384, or the model's
+                context if that is less.
+            force: load although memory is too little.
+            announce: is given the plan before anything is loaded.
+            progress: is called as tensors are loaded.
+
+        Raises:
+            ValueError: an unknown backend, dtype or device, or room beyond the context.
+            GptOssError: the files, the vocabulary, the hardware or the memory will not do.
+        """
+        opened = open_checkpoint(resolve(checkpoint))
+        self.config = opened.config
+        self.tokenizer = load_tokenizer(opened)
+        self.plan = make_plan(
+            opened, backend=backend, dtype=dtype, device=device, max_tokens=max_tokens
+        )
+        if announce is not None:
+            announce(self.plan)
+        if not force:
+            self.plan.check()
+        self.engine = Generator(
+            load_backend(
+                self.plan.backend,
+                opened.config,
+                _counting(opened, progress),
+                dtype=self.plan.dtype,
+                device=self.plan.device,
+            ),
+            vocab_size=sampled_size(self.tokenizer),
+            max_tokens=self.plan.max_tokens,
+        )
+
+    @overload
+    def generate(
+        self,
+        prompt_tokens: Sequence[int],
+        stop_tokens: Collection[int] | None = None,
+        temperature: float = 1.0,
+        max_tokens: int | None = None,
+        return_logprobs: Literal[False] = False,
+        *,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int | None = None,
+    ) -> Iterator[int]: ...
+
+    @overload
+    def generate(
+        self,
+        prompt_tokens: Sequence[int],
+        stop_tokens: Collection[int] | None = None,
+        temperature: float = 1.0,
+        max_tokens: int | None = None,
+        *,
+        return_logprobs: Literal[True],
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int | None = None,
+    ) -> Iterator[tuple[int, float]]: ...
+
+    def generate(
+        self,
+        prompt_tokens: Sequence[int],
+        stop_tokens: Collection[int] | None = None,
+        temperature: float = 1.0,
+        max_tokens: int | None = None,
+        return_logprobs: bool = False,
+        *,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int | None = None,
+    ) -> Iterator[int] | Iterator[tuple[int, float]]:
+        """Token ids, or (id, logprob) pairs, one by one; the stop token comes too.
+
+        Args:
+            stop_tokens: None for the vocabulary's own (return, call, endoftext).
+            temperature: 0 takes the likeliest token always.
+            max_tokens: most new tokens; None: until the room is full.
+            seed: the same seed gives the same tokens on every backend; None draws one.
+
+        Log-probabilities are the model's own, before temperature and filters. Raises at once, not
+        at the first token: see ``engine.Generator.generate``.
+        """
+        stop = self.tokenizer.stop_tokens if stop_tokens is None else stop_tokens
+        rule = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        drawn = self.engine.generate(
+            prompt_tokens,
+            rule=rule,
+            seed=secrets.randbits(63) if seed is None else seed,
+            stop_tokens=frozenset(stop),
+            max_tokens=max_tokens,
+            logprobs=return_logprobs,
+        )
+        return _pairs(drawn) if return_logprobs else (d.token for d in drawn)
+
+    def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """What the model expects after each token: [T] -> [T, V]."""
+        return self.engine.logits(tokens)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The vocabulary beside the weights, else gpt-oss's own; checked against the model.
+
+    Raises:
+        TokenizerError: there is none, it is damaged, or it belongs to another model.
+    """
+    path, size = checkpoint.tokenizer_path, checkpoint.config.vocab_size
+    if path is None and size < O200K_SIZE:
+        raise TokenizerError(
+            f"{checkpoint.path}: no tokenizer.json beside the weights, and with vocab_size {size} "
+            f"the model cannot use gpt-oss's own vocabulary of {O200K_SIZE}"
+        )
+    tokenizer = Tokenizer.o200k_harmony() if path is None else Tokenizer.from_file(path)
+    if tokenizer.vocab_size > size:
+        raise TokenizerError(
+            f"{path}: does not match the vocabulary of the model: it has ids up to "
+            f"{tokenizer.vocab_size - 1}, but vocab_size is {size}"
+        )
+    if lacking := [n for n in NEEDED if f"<|{n}|>" not in tokenizer.specials]:
+        raise TokenizerError(
+            f"{path}: does not match the vocabulary of gpt-oss: it lacks <|{lacking[0]}|>"
+        )
+    return tokenizer
+
+
+def sampled_size(tokenizer: Tokenizer) -> int:
+    """Ids from here on mean nothing: nobody's, or reserved up to the end of the vocabulary."""
+    size, names = tokenizer.vocab_size, {i: name for name, i in tokenizer.specials.items()}
+    while RESERVED.fullmatch(names.get(size - 1, "")):
+        size -= 1
+    return size
+
+
+def _pairs(drawn: Iterator[Drawn]) -> Iterator[tuple[int, float]]:
+    for d in drawn:
+        assert d.logprob is not None
+        yield d.token, d.logprob
+
+
+def _counting(checkpoint: Checkpoint, progress: Progress | None) -> Callable[[str], Stored]:
+    """``checkpoint.read`` that reports how far the backend has come."""
+    if progress is None:
+        return checkpoint.read
+    done, total = 0, len(specs(checkpoint.config))
+
+    def read(name: str) -> Stored:
+        nonlocal done
+        done += 1
+        progress(done, total)
+        return checkpoint.read(name)
+
+    return read
