@@ -44,7 +44,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path}: {size} bytes are too many; this file has at most {LARGEST_JSON}"
             )
-        raw = file.read(LARGEST_JSON)
+        raw = file.read(size)
     if raw.startswith(POINTER):
         raise CheckpointError(f"{path}: {POINTER_ADVICE}")
     return parse_json(raw, str(path))
