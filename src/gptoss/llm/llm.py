@@ -96,7 +96,7 @@ class LLM:
         The end token is not part of the answer; other special tokens appear as their text.
         """
         drawn = self.tokens.generate(self.tokenizer.encode_with_specials(prompt), **options)
-        pieces = self._pieces(drawn)
+        pieces = self.pieces(drawn)
         return pieces if stream else "".join(pieces)
 
     @overload
@@ -145,8 +145,8 @@ class LLM:
         Returns:
             The reply, or with ``stream`` its deltas as they come and the reply behind them.
         """
-        turns = harmony.with_defaults(
-            [Message(role="user", content=messages)] if isinstance(messages, str) else messages,
+        turns = conversation(
+            messages,
             effort=effort,
             instructions=instructions,
             tools=tools,
@@ -176,8 +176,8 @@ class LLM:
             reused=lambda: self.tokens.engine.reused,
         )
 
-    def _pieces(self, drawn: Iterator[int]) -> Iterator[str]:
-        """Text of tokens as soon as its characters are complete."""
+    def pieces(self, drawn: Iterator[int]) -> Iterator[str]:
+        """Text of raw tokens, up to the end token, as soon as its characters are complete."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for token in drawn:
             if token in self.tokenizer.stop_tokens:
@@ -186,6 +186,21 @@ class LLM:
                 yield text
         if text := decoder.decode(b"", final=True):
             yield text
+
+
+def conversation(
+    messages: Conversation,
+    *,
+    effort: Effort = "medium",
+    tools: Sequence[Tool | Mapping[str, Any]] = (),
+    instructions: str | None = None,
+    current_date: str | None = None,
+) -> list[Message]:
+    """All messages that the model is to read; a string is a user's."""
+    turns = [Message(role="user", content=messages)] if isinstance(messages, str) else messages
+    return harmony.with_defaults(
+        turns, effort=effort, instructions=instructions, tools=tools, current_date=current_date
+    )
 
 
 def tool_names(messages: Sequence[Message]) -> list[str]:

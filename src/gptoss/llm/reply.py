@@ -1,8 +1,8 @@
 """One answer: as it arrives, and when it is there."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from gptoss.text.messages import Message
 from gptoss.text.parser import Delta, Event, Parser
@@ -43,6 +43,20 @@ class Reply:
     def tool_calls(self) -> list[Message]:
         """Messages to a tool: ``recipient`` is "functions.name", ``content`` its arguments."""
         return [m for m in self.messages if m.recipient is not None]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as JSON knows it."""
+        return {
+            "text": self.text,
+            "analysis": self.analysis,
+            "messages": [
+                {k: v for k, v in asdict(m).items() if v is not None} | {"repairs": [*m.repairs]}
+                for m in self.messages
+            ],
+            "finish_reason": self.finish_reason,
+            "usage": asdict(self.usage),
+            "seed": self.seed,
+        }
 
 
 class Stream:

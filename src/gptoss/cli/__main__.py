@@ -1,0 +1,5 @@
+"""``python -m gptoss.cli``."""
+
+from gptoss.cli.main import main
+
+main()

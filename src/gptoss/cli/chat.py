@@ -1,0 +1,151 @@
+"""``gptoss chat``: a conversation in the terminal, or a line per message from a pipe.
+
+gptoss chat
+gptoss chat openai/gpt-oss-20b --effort high --instructions "Answer in French."
+printf '2+2?\nand doubled?\n' | gptoss chat --quiet
+"""
+
+from __future__ import annotations
+
+import sys
+from datetime import date
+from typing import TYPE_CHECKING, Annotated, get_args
+
+import typer
+
+from gptoss.cli import options
+from gptoss.cli.endings import usage
+from gptoss.cli.terminal import Screen, decoded
+from gptoss.errors import ContextExceeded
+
+if TYPE_CHECKING:
+    from gptoss.llm import LLM, Reply
+    from gptoss.llm.llm import Options
+    from gptoss.text.messages import Effort, Message
+
+HELP = (
+    "/effort low|medium|high, /reset (forget all), /quit; a line that begins with // is sent with /"
+)
+
+
+def run(
+    model: options.Model = "nano",
+    effort: options.Effort = "medium",
+    instructions: Annotated[
+        str | None, typer.Option(help="what the developer tells the model", show_default=False)
+    ] = None,
+    temperature: options.Temperature = 1.0,
+    limit: options.Limit = None,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    seed: options.Seed = None,
+    backend: options.Backend = "auto",
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    context: options.Context = None,
+    force: options.Force = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Talk with the model. Ctrl-C stops an answer, Ctrl-D ends the conversation."""
+    llm = options.load(model, backend, dtype, device, context, force=force, quiet=quiet)
+    how: Options = {
+        "temperature": temperature,
+        "max_tokens": limit,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "seed": seed,
+    }
+    with usage():
+        chat = Chat(llm, effort, instructions, how)
+    if sys.stdin.isatty() and not quiet:
+        chat.screen.note(HELP)
+    while (line := ask(chat.screen)) is not None:
+        if not chat.take(line):
+            break
+
+
+class Chat:
+    """A conversation and how it is held."""
+
+    def __init__(self, llm: LLM, effort: Effort, instructions: str | None, how: Options) -> None:
+        self.llm, self.effort, self.instructions, self.how = llm, effort, instructions, how
+        self.turns: list[Message] = []
+        self.screen = Screen()
+
+    def take(self, line: str) -> bool:
+        """Answer a line or do what it says; False when that is to leave."""
+        word, _, argument = line.strip().partition(" ")
+        if not word:
+            return True
+        if not word.startswith("/") or word.startswith("//"):
+            self.answer(line.removeprefix("/") if word.startswith("//") else line)
+        elif word == "/effort" and argument in get_args(options.Level):
+            self.effort = argument  # type: ignore[assignment]
+        elif word == "/reset":
+            self.turns.clear()
+        elif word == "/quit":
+            return False
+        else:
+            self.screen.note(HELP)
+        return True
+
+    def answer(self, text: str) -> None:
+        """One turn. What was cut off before a final answer is taken back, the question with it."""
+        from gptoss.text.messages import Message
+
+        asked = [*self.turns, Message(role="user", content=text)]
+        try:
+            stream = self.llm.chat(
+                asked,
+                effort=self.effort,
+                instructions=self.instructions,
+                current_date=date.today().isoformat(),
+                stream=True,
+                **self.how,
+            )
+        except ContextExceeded as error:
+            self.screen.note(f"{error}; /reset forgets all")
+            return
+        try:
+            for delta in stream:
+                self.screen.show(delta)
+        except KeyboardInterrupt:
+            self.screen.note("stopped")
+        self.screen.end()
+        reply = stream.reply
+        if reply.text:
+            self.turns = [*asked, *reply.messages]
+        self.remark(reply)
+
+    def remark(self, reply: Reply) -> None:
+        """Say what is odd about an answer."""
+        if not reply.text:
+            self.screen.note("no final answer; the question is taken back")
+        elif reply.finish_reason == "length":
+            self.screen.note("cut off")
+
+
+def ask(screen: Screen) -> str | None:
+    """The next line; None at the end. A second Ctrl-C in a row leaves."""
+    if not sys.stdin.isatty():
+        line = sys.stdin.buffer.readline()
+        return decoded(line, "stdin").rstrip("\r\n") if line else None
+    try:
+        import readline  # noqa: F401  (history and editing, where there is one)
+    except ImportError:
+        pass
+    for chance in (1, 2):
+        try:
+            return input("> ")
+        except EOFError:
+            screen.end()
+            print(file=sys.stderr)
+            return None
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            if chance == 2:
+                raise
+            screen.note("Ctrl-C again, Ctrl-D or /quit leaves")
+    raise AssertionError("unreachable")

@@ -1,0 +1,67 @@
+"""How a command ends: one sentence and an exit status for what a user can mend, never a traceback."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import wraps
+from typing import ParamSpec
+
+import typer
+
+from gptoss.errors import GptOssError
+
+P = ParamSpec("P")
+
+
+def guarded(run: Callable[P, None]) -> Callable[P, None]:
+    """``run``, ending as ``main.py`` says."""
+
+    @wraps(run)
+    def inner(*args: P.args, **kwargs: P.kwargs) -> None:
+        soften(sys.stdout)
+        soften(sys.stderr)
+        try:
+            run(*args, **kwargs)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            _silence(sys.stdout)
+            raise typer.Exit(141) from None
+        except GptOssError as error:
+            raise _failed(str(error)) from None
+        except MemoryError:
+            raise _failed("the system has no more memory to give") from None
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            raise _failed(f"{where}{error.strerror or error}") from None
+
+    return inner
+
+
+@contextmanager
+def usage() -> Iterator[None]:
+    """What is a wrong argument to the library is a wrong command line here."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def soften(stream: object) -> None:
+    """Replace what the terminal's encoding cannot say rather than fail on it."""
+    with suppress(AttributeError, ValueError):  # not a text file, or closed
+        stream.reconfigure(errors="replace")  # type: ignore[attr-defined]
+
+
+def _failed(sentence: str) -> typer.Exit:
+    with suppress(OSError):
+        print(f"gptoss: {sentence}", file=sys.stderr)
+    return typer.Exit(1)
+
+
+def _silence(stream: object) -> None:
+    """What is still buffered for a closed pipe goes nowhere, so that the exit is quiet."""
+    with suppress(OSError, AttributeError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[attr-defined]

@@ -1,0 +1,138 @@
+"""``gptoss generate``: one answer.
+
+gptoss generate -p "What is 17 + 25?"
+echo "Why is the sky blue?" | gptoss generate openai/gpt-oss-20b --effort low
+gptoss generate checkpoints/20b --raw -p "Once upon a time" -l 50 --logprobs
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gptoss.cli import options
+from gptoss.cli.endings import usage
+from gptoss.cli.terminal import Screen, decoded, shown
+
+if TYPE_CHECKING:
+    from gptoss.llm import LLM
+    from gptoss.llm.llm import Options
+    from gptoss.text.messages import Effort
+
+
+def run(
+    model: options.Model = "nano",
+    prompt: Annotated[
+        str | None, typer.Option("-p", "--prompt", help='the prompt; "-" or nothing: stdin')
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="continue the text itself; special tokens count")
+    ] = False,
+    logprobs: Annotated[
+        bool, typer.Option("--logprobs", help="a line per token: id, log-probability, text")
+    ] = False,
+    json_: options.Json = False,
+    effort: options.Effort = "medium",
+    temperature: options.Temperature = 1.0,
+    limit: options.Limit = None,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    seed: options.Seed = None,
+    backend: options.Backend = "auto",
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    context: options.Context = None,
+    force: options.Force = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Answer a prompt: thoughts on stderr, the answer on stdout."""
+    text = read_prompt(prompt)
+    llm = options.load(model, backend, dtype, device, context, force=force, quiet=quiet)
+    how: Options = {
+        "temperature": temperature,
+        "max_tokens": limit,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "seed": seed,
+    }
+    if raw or logprobs:
+        with usage():
+            tokens = prompt_tokens(llm, text, None if raw else effort)
+            drawn = llm.tokens.generate(tokens, return_logprobs=True, **how)
+        (print_json if json_ else print_logprobs if logprobs else print_text)(llm, drawn)
+    else:
+        answer(llm, text, effort, how, json_)
+
+
+def read_prompt(given: str | None) -> str:
+    """The option's text, or stdin without its last line end. Raises GptOssError if not UTF-8."""
+    if given is None and sys.stdin.isatty():
+        raise typer.BadParameter("there is no prompt: give -p TEXT, or pipe it in")
+    if given in (None, "-"):
+        text = decoded(sys.stdin.buffer.read(), "stdin").removesuffix("\n")
+    else:
+        assert given is not None
+        text = decoded(given.encode("utf-8", "surrogateescape"), "--prompt")
+    if not text:
+        raise typer.BadParameter("the prompt is empty")
+    return text
+
+
+def prompt_tokens(llm: LLM, text: str, effort: Effort | None) -> list[int]:
+    """The text itself, or (with an effort) as a user's message."""
+    from gptoss.llm.llm import conversation
+    from gptoss.text.harmony import render_for_completion
+
+    if effort is None:
+        return llm.tokenizer.encode_with_specials(text)
+    return render_for_completion(conversation(text, effort=effort), llm.tokenizer)
+
+
+def answer(llm: LLM, text: str, effort: Effort, how: Options, as_json: bool) -> None:
+    """The prompt as a user's message, answered through harmony."""
+    with usage():
+        stream = llm.chat(text, effort=effort, stream=True, **how)
+    screen = Screen()
+    for delta in stream:
+        if not as_json:
+            screen.show(delta)
+    screen.end()
+    reply = stream.reply
+    if as_json:
+        print(json.dumps(reply.to_json(), ensure_ascii=False))
+    elif not reply.text:
+        screen.note(f"no final answer in {reply.usage.completion} tokens, only what is above")
+    elif reply.finish_reason == "length":
+        screen.note(f"cut off after {reply.usage.completion} tokens")
+
+
+def print_text(llm: LLM, drawn: Iterator[tuple[int, float]]) -> None:
+    """The continuation as it comes."""
+    screen = Screen()
+    for piece in llm.pieces(token for token, _ in drawn):
+        screen.say(piece)
+    screen.end()
+
+
+def print_logprobs(llm: LLM, drawn: Iterator[tuple[int, float]]) -> None:
+    """A line per token."""
+    for token, logprob in drawn:
+        text = json.dumps(llm.tokenizer.decode([token]), ensure_ascii=False)
+        print(f"{token:>6}  {logprob:9.4f}  {shown(text, sys.stdout)}", flush=True)
+
+
+def print_json(llm: LLM, drawn: Iterator[tuple[int, float]]) -> None:
+    """Everything at the end, in one document."""
+    pairs = list(drawn)
+    tokens: list[dict[str, Any]] = [
+        {"id": token, "logprob": logprob, "text": llm.tokenizer.decode([token])}
+        for token, logprob in pairs
+    ]
+    text = "".join(llm.pieces(iter([token for token, _ in pairs])))
+    print(json.dumps({"text": text, "tokens": tokens}, ensure_ascii=False))

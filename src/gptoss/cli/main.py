@@ -1,0 +1,52 @@
+"""``gptoss COMMAND``: dispatch, and nothing else.
+
+Exit status: 0 fine, 1 the world is wrong (files, memory, network), 2 the command line is wrong,
+130 interrupted, 141 nobody reads our output any more.
+"""
+
+from typing import Annotated
+
+import typer
+
+from gptoss import __version__
+from gptoss.cli import chat, convert, generate, inspect, models, synthesize
+from gptoss.cli.endings import guarded
+
+COMMANDS = {
+    "generate": generate.run,
+    "chat": chat.run,
+    "inspect": inspect.run,
+    "convert": convert.run,
+    "synthesize": synthesize.run,
+    "models": models.run,
+}
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for name, run in COMMANDS.items():
+    app.command(name)(guarded(run))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gptoss {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """gpt-oss: run it, look into it, convert it."""
+
+
+def main() -> None:
+    """Run the command that ``sys.argv`` names; ends in SystemExit."""
+    app(prog_name="gptoss")

@@ -1,0 +1,110 @@
+"""What a person sees: answers on stdout, thoughts and progress on stderr, colours on terminals."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+from gptoss.errors import GptOssError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gptoss.text.parser import Delta
+
+STYLES = {"analysis": "dim", "commentary": "cyan", "note": "yellow"}
+# What a model must not send to a terminal: it could move the cursor or retitle the window.
+_CONTROLS = {i: "\ufffd" for i in [*range(32), *range(127, 160)] if chr(i) not in "\n\t"}
+
+
+class Screen:
+    """Deltas as they come: the final answer to stdout, everything else, labelled, to stderr."""
+
+    def __init__(self) -> None:
+        self._section: int | None = None  # the message being shown
+        self._at: TextIO | None = None  # where its line is still open
+        self._console: Console | None = None
+        if sys.stderr.isatty():  # only then does rich have anything to do
+            from rich.console import Console
+
+            self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def show(self, delta: Delta) -> None:
+        """A piece of a message."""
+        if delta.message_index != self._section:
+            self.end()
+            self._section = delta.message_index
+            if delta.channel != "final":
+                to = f" to={delta.recipient}" if delta.recipient else ""
+                self._aside(f"[{delta.channel}{to}] ", delta.channel)
+        if delta.channel == "final":
+            self.say(delta.text)
+        else:
+            self._aside(delta.text, delta.channel)
+
+    def say(self, text: str) -> None:
+        """Part of the answer."""
+        print(shown(text, sys.stdout), end="", flush=True)
+        self._at = sys.stdout
+
+    def note(self, sentence: str) -> None:
+        """Something about the answer."""
+        self.end()
+        self._aside(f"({sentence})", "note")
+        self.end()
+
+    def end(self) -> None:
+        """Finish the line and the section."""
+        at, self._at, self._section = self._at, None, None
+        if at is not None:
+            print(file=at, flush=True)
+
+    def _aside(self, text: str, kind: str | None) -> None:
+        self._at = sys.stderr
+        if self._console is None:
+            print(text, end="", file=sys.stderr, flush=True)
+        else:
+            style = STYLES.get(kind or "", "")
+            self._console.print(shown(text, sys.stderr), style=style, end="", markup=False)
+
+
+def shown(text: str, stream: TextIO) -> str:
+    """``text``, without control characters if it goes to a terminal."""
+    return text.translate(_CONTROLS) if stream.isatty() else text
+
+
+def decoded(raw: bytes, origin: str) -> str:
+    """Bytes as text. Raises GptOssError if they are not UTF-8."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise GptOssError(
+            f"{origin}: not UTF-8 text (byte {error.start} is 0x{raw[error.start]:02x}); convert it "
+            "with iconv, for example"
+        ) from None
+
+
+@contextmanager
+def bar(title: str, *, files: bool = False) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar with rate and remaining time, fed (done, total); None if nobody looks.
+
+    ``files``: what is counted are bytes.
+    """
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import TransferSpeedColumn as Speed
+
+    counts = [DownloadColumn(), Speed()] if files else [TextColumn("{task.completed}/{task.total}")]
+    columns = [TextColumn(title), BarColumn(), *counts, TimeRemainingColumn()]
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=None)
+
+        def report(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        yield report
