@@ -8,6 +8,7 @@ printf '2+2?\nand doubled?\n' | gptoss chat --quiet
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from datetime import date
 from typing import TYPE_CHECKING, Annotated, get_args
 
@@ -23,9 +24,7 @@ if TYPE_CHECKING:
     from gptoss.llm.llm import Options
     from gptoss.text.messages import Effort, Message
 
-HELP = (
-    "/effort low|medium|high, /reset (forget all), /quit; a line that begins with // is sent with /"
-)
+HELP = "/effort low|medium|high, /reset forgets all, /quit; to say /word, write //word"
 
 
 def run(
@@ -132,10 +131,8 @@ def ask(screen: Screen) -> str | None:
     if not sys.stdin.isatty():
         line = sys.stdin.buffer.readline()
         return decoded(line, "stdin").rstrip("\r\n") if line else None
-    try:
-        import readline  # noqa: F401  (history and editing, where there is one)
-    except ImportError:
-        pass
+    with suppress(ImportError):
+        import readline  # noqa: F401  (it gives input() history and editing)
     for chance in (1, 2):
         try:
             return input("> ")

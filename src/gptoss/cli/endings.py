@@ -1,4 +1,4 @@
-"""How a command ends: one sentence and an exit status for what a user can mend, never a traceback."""
+"""How a command ends: for what a user can mend, one sentence and a status, never a traceback."""
 
 import os
 import sys
@@ -19,8 +19,7 @@ def guarded(run: Callable[P, None]) -> Callable[P, None]:
 
     @wraps(run)
     def inner(*args: P.args, **kwargs: P.kwargs) -> None:
-        soften(sys.stdout)
-        soften(sys.stderr)
+        _furnish()
         try:
             run(*args, **kwargs)
             sys.stdout.flush()
@@ -49,10 +48,15 @@ def usage() -> Iterator[None]:
         raise typer.BadParameter(str(error)) from None
 
 
-def soften(stream: object) -> None:
-    """Replace what the terminal's encoding cannot say rather than fail on it."""
-    with suppress(AttributeError, ValueError):  # not a text file, or closed
-        stream.reconfigure(errors="replace")  # type: ignore[attr-defined]
+def _furnish() -> None:
+    """Streams that were closed lead nowhere; what an encoding cannot say is replaced."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        with suppress(AttributeError):  # a test's stand-in
+            getattr(sys, name).reconfigure(errors="replace")
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)
 
 
 def _failed(sentence: str) -> typer.Exit:

@@ -12,15 +12,6 @@ from gptoss import __version__
 from gptoss.cli import chat, convert, generate, inspect, models, synthesize
 from gptoss.cli.endings import guarded
 
-COMMANDS = {
-    "generate": generate.run,
-    "chat": chat.run,
-    "inspect": inspect.run,
-    "convert": convert.run,
-    "synthesize": synthesize.run,
-    "models": models.run,
-}
-
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -28,8 +19,12 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for name, run in COMMANDS.items():
-    app.command(name)(guarded(run))
+app.command("generate")(guarded(generate.run))
+app.command("chat")(guarded(chat.run))
+app.command("inspect")(guarded(inspect.run))
+app.command("convert")(guarded(convert.run))
+app.command("synthesize")(guarded(synthesize.run))
+app.command("models")(guarded(models.run))
 
 
 def _version(wanted: bool) -> None:
