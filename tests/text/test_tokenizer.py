@@ -266,6 +266,23 @@ def test_ids_may_follow_another_order_than_merges(tmp_path):
     assert Tokenizer.from_file(tmp_path / "again.json").encode(text) == ours.encode(text)
 
 
+def test_a_token_without_merges_is_found_whole_or_not_at_all(tmp_path):
+    document = train([])
+    vocab = document["model"]["vocab"]
+    vocab["\u0120zebra"] = len(vocab)
+    with pytest.raises(TokenizerError, match="no merge makes b' zebra'"):
+        Tokenizer.from_file(stored(tmp_path, document))
+
+    document["model"]["ignore_merges"] = True
+    ours = Tokenizer.from_file(stored(tmp_path, document))
+    ours.save(tmp_path / "again.json")
+    for path in ("tokenizer.json", "again.json"):
+        hf = tokenizers.Tokenizer.from_file(str(tmp_path / path))
+        for text in (" zebra", " zebras", "zebra", " zebra zebra the cat"):
+            assert ours.encode(text) == hf.encode(text).ids
+    assert ours.encode(" zebra") == [len(vocab) - 1]
+
+
 def test_transformers_reads_what_we_save(nano, tmp_path):
     from transformers import PreTrainedTokenizerFast
 
@@ -292,6 +309,11 @@ def added(**keys):
         document["added_tokens"] = [{"id": 900, "content": "<|end|>", "special": True, **keys}]
 
     return change
+
+
+def contradict(document):
+    document["model"]["vocab"]["<|end|>"] = 901
+    added()(document)
 
 
 @pytest.mark.parametrize(
@@ -330,6 +352,7 @@ def added(**keys):
         (added(lstrip=True), "more or less"),
         (added(id=None), "has id None"),
         (added(id=0), "uses an id twice"),
+        (contradict, "no merge makes"),
     ],
 )
 def test_a_file_of_another_kind_is_refused_in_one_sentence(tmp_path, change, message):
