@@ -183,8 +183,9 @@ def _check_number(name: str, value: Any, *, whole: bool) -> None:
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         kind = "a whole number" if whole else "a number"
         raise ValueError(f"{name} must be {kind}, not {value!r}")
-    if not math.isfinite(value) or value <= 0 or (whole and value > LARGEST):
-        raise ValueError(f"{name} must be positive and at most {LARGEST}, not {value}")
+    largest = LARGEST if whole else LARGEST**2
+    if not 0 < value <= largest:  # false for NaN too
+        raise ValueError(f"{name} must be positive and at most {largest}, not {value}")
     if name == "num_hidden_layers" and value > 4096:
         raise ValueError(f"num_hidden_layers must be at most 4096, not {value}")
 
@@ -200,6 +201,7 @@ _FIXED = {
     "attention_bias": True,
     "hidden_act": "silu",  # the library's label; the activation is the clamped SwiGLU all the same
     "tie_word_embeddings": False,
+    "swiglu_alpha": 1.702,
 }
 _IGNORED = set(
     "architectures attention_dropout bos_token_id dtype eos_token_id experts_per_token "
@@ -239,8 +241,8 @@ def _from_huggingface(raw: Mapping[str, Any], origin: str) -> dict[str, Any]:
 
 def _from_rope(rope: Mapping[str, Any], raw: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """The YaRN numbers, from ``rope_scaling`` or the newer ``rope_parameters``."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("yarn", "default"):
+    kind = rope.get("rope_type", rope.get("type"))
+    if kind not in ("yarn", "default"):  # None too: the library's own default has changed
         raise CheckpointError(f"{origin}: rope_type is {kind!r}; gpt-oss has 'yarn'")
     if rope.get("truncate", False):
         raise CheckpointError(
@@ -249,18 +251,22 @@ def _from_rope(rope: Mapping[str, Any], raw: Mapping[str, Any], origin: str) -> 
     values: dict[str, Any] = {}
     if "rope_theta" in rope:
         values["rope_theta"] = rope["rope_theta"]
-    first = raw.get("initial_context_length", raw.get("max_position_embeddings"))
-    if first is not None:
-        values["initial_context_length"] = first
+    if "initial_context_length" in raw:
+        values["initial_context_length"] = raw["initial_context_length"]
+    values |= {"rope_ntk_alpha": 1.0, "rope_ntk_beta": 32.0}  # YaRN's own defaults
     if kind == "default":
-        return values | {"rope_scaling_factor": 1.0, "rope_ntk_alpha": 1.0, "rope_ntk_beta": 32.0}
+        if "max_position_embeddings" in raw:
+            values.setdefault("initial_context_length", raw["max_position_embeddings"])
+        return values | {"rope_scaling_factor": 1.0}
     names = {
         "factor": "rope_scaling_factor",
         "beta_slow": "rope_ntk_alpha",
         "beta_fast": "rope_ntk_beta",
         "original_max_position_embeddings": "initial_context_length",
     }
-    values |= {"rope_ntk_alpha": 1.0, "rope_ntk_beta": 32.0}  # YaRN's own defaults
+    known = {*names, "rope_type", "type", "rope_theta", "truncate"}
+    if extra := sorted(key for key in set(rope) - known if rope[key] is not None):
+        raise CheckpointError(f"{origin}: gpt-oss has no {', '.join(extra)} in its rope_scaling")
     return values | {ours: rope[theirs] for theirs, ours in names.items() if theirs in rope}
 
 
@@ -276,6 +282,7 @@ def _to_huggingface(c: ModelConfig, packed: bool) -> dict[str, Any]:
         "max_position_embeddings": c.context_length,
         "torch_dtype": "bfloat16",
     }
+    config["rope_scaling"] = {"rope_type": "default"}  # left out, the library would turn YaRN on
     if c.rope_scaling_factor > 1.0:
         config["rope_scaling"] = {
             "rope_type": "yarn",

@@ -52,9 +52,9 @@ class Packed:
 def decode(blocks: Bytes, scales: Bytes, dtype: Any = np.float32) -> npt.NDArray[Any]:
     """[..., G, 16] nibbles and [..., G] scales -> [..., G * 32] numbers."""
     exponent = scales.astype(np.int32) - BIAS
-    unit = np.ldexp(np.ones((), np.float32 if dtype != np.float64 else np.float64), exponent)
-    unit = np.where(scales == 255, np.nan, unit).astype(unit.dtype)
-    with np.errstate(over="ignore"):  # 6 * 2**127 is infinite in float32
+    with np.errstate(over="ignore"):  # 6 * 2**127 is infinite in float32, and so is 2**128
+        unit = np.ldexp(np.ones((), np.float32 if dtype != np.float64 else np.float64), exponent)
+        unit = np.where(scales == 255, np.nan, unit).astype(unit.dtype)
         values = PAIRS[blocks].reshape(*scales.shape, BLOCK) * unit[..., None]
     return values.reshape(*scales.shape[:-1], -1).astype(dtype, copy=False)
 
@@ -85,7 +85,7 @@ def encode(x: npt.NDArray[Any], rule: Rule = "least_squares") -> Packed:
     for exponent in candidates:
         exponent = np.where(peak > 0, np.clip(exponent, -BIAS, BIAS), 0)
         trial = _nearest(np.ldexp(groups, -exponent[..., None]))
-        error = (np.ldexp(CODES[trial], exponent[..., None]) - groups).astype(np.float64)
+        error = np.ldexp(CODES[trial].astype(np.float64), exponent[..., None]) - groups
         squared = (error * error).sum(axis=-1)
         better = squared < least
         best, least = np.where(better, exponent, best), np.where(better, squared, least)
