@@ -52,11 +52,11 @@ def _furnish() -> None:
     """Streams that were closed lead nowhere; what an encoding cannot say is replaced."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
         with suppress(AttributeError):  # a test's stand-in
             getattr(sys, name).reconfigure(errors="replace")
     if sys.stdin is None:
-        sys.stdin = open(os.devnull)
+        sys.stdin = os.fdopen(os.open(os.devnull, os.O_RDONLY))
 
 
 def _failed(sentence: str) -> typer.Exit:

@@ -81,8 +81,8 @@ def decoded(raw: bytes, origin: str) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise GptOssError(
-            f"{origin}: not UTF-8 text: byte {error.start} is 0x{raw[error.start]:02x}. Convert it, "
-            "for example with iconv."
+            f"{origin}: not UTF-8 text: byte {error.start} is 0x{raw[error.start]:02x}. Convert "
+            "it, for example with iconv."
         ) from None
 
 
