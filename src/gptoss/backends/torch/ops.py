@@ -17,6 +17,7 @@ from gptoss.model.mxfp4 import BIAS, BLOCK, PAIRS, Packed
 from gptoss.model.reference import rope_tables
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+IN_CACHE = 1 << 14  # blocks of MXFP4 decoded together: what stays in a core's cache is 10x faster
 
 
 class TorchOps:
@@ -106,9 +107,17 @@ class PackedTensor(nn.Module):
         blocks, scales = self.blocks, self.scales
         if index is not None:
             blocks, scales = blocks[index], scales[index]
-        pairs, units = _codebook(dtype, blocks.device)
-        values = pairs[blocks.int()].view(dtype).view(*scales.shape, BLOCK)
-        return (values * units[scales.int()][..., None]).flatten(-2)
+        # Every value has two significant bits: bfloat16 holds it exactly wherever float32 does.
+        narrow = torch.float64 if dtype is torch.float64 else torch.bfloat16
+        pairs, units = _codebook(narrow, blocks.device)
+        nibbles, exponents = blocks.flatten(0, -2), scales.flatten().int()  # [G, 16], [G]
+        out = torch.empty(len(nibbles), BLOCK, dtype=dtype, device=blocks.device)
+        step = len(nibbles) if blocks.is_cuda else IN_CACHE
+        for start in range(0, len(nibbles), max(step, 1)):
+            here = slice(start, start + step)
+            values = pairs.index_select(0, nibbles[here].flatten().int()).view(narrow)
+            torch.mul(values.view(-1, BLOCK), units[exponents[here], None], out=out[here])
+        return out.view(*scales.shape[:-1], -1)
 
 
 def wide(x: Tensor) -> Tensor:
