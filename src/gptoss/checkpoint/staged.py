@@ -1,0 +1,105 @@
+"""All or nothing: a directory that appears whole under its name, or not at all.
+
+It grows as ``.NAME.partial-PID`` beside the target, which nothing opens, and is renamed at the end.
+What a killed process leaves is removed by the next one that writes to the same target.
+"""
+
+import errno
+import fcntl
+import glob
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from gptoss.errors import CheckpointError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def staged(target: Path, needed: int) -> Iterator[Path]:
+    """A hidden directory beside ``target`` that takes its name if all goes well, or is removed."""
+    _check_free(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(target)
+        _check_room(target, needed)
+        with _partial(target) as partial:
+            yield partial
+            sync(partial)
+            os.rename(partial, target)
+    except OSError as error:
+        reason = "the disk is full" if error.errno in FULL else error.strerror or str(error)
+        raise CheckpointError(
+            f"{target}: could not be written: {reason}. Nothing was left behind."
+        ) from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{target}: interrupted. Nothing was left behind.") from None
+    with suppress(OSError):  # after a power cut the old name may be back; the files are safe
+        sync(target.parent)
+
+
+@contextmanager
+def _partial(target: Path) -> Iterator[Path]:
+    """The hidden directory, locked for as long as this process works on it."""
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    partial.mkdir()
+    lock = _lock(partial)
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # nothing is there after the renaming
+        if lock is not None:
+            os.close(lock)
+
+
+def _check_free(target: Path) -> None:
+    """The target may be an empty directory; anything more is somebody's."""
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    if target.exists() or target.is_symlink():
+        kind = "a directory that is not empty" if target.is_dir() else "a file"
+        raise CheckpointError(f"{target}: already exists as {kind}; choose another name")
+
+
+def _check_room(target: Path, needed: int) -> None:
+    free = shutil.disk_usage(target.parent).free
+    if free < needed + (1 << 20):  # headers, config
+        raise CheckpointError(
+            f"{target}: needs {needed / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB free; "
+            "make room or choose another disk"
+        )
+
+
+def _remove_stale(target: Path) -> None:
+    """Remove what killed runs left: directories that no living process holds locked."""
+    for partial in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
+        lock = _lock(partial)
+        if lock is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(directory: Path) -> int | None:
+    """Lock ``directory`` until the descriptor is closed or the process ends. None: cannot."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a directory's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
