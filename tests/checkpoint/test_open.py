@@ -455,6 +455,20 @@ def test_checking_goes_piece_by_piece(
         open_checkpoint(path).check()
 
 
+def test_the_extremes_of_every_format_pass_the_check(tmp_path: Path) -> None:
+    layout = LAYOUTS["huggingface"]
+    path, tensors = write(tmp_path / "m", layout, WEIGHTS), stored(layout, WEIGHTS)
+    for name, x in tensors.items():
+        if name.endswith("_scales"):
+            tensors[name] = np.resize(np.array([0, 254], np.uint8), x.shape)
+        elif name.endswith("bias"):
+            tensors[name] = np.resize(np.array([65504, -65504], np.float16), x.shape)
+        elif not name.endswith("_blocks"):
+            tensors[name] = np.full(x.shape, np.finfo(np.float32).max)
+    save(path / "model.safetensors", tensors)
+    open_checkpoint(path).check()
+
+
 def sparse_20b(folder: Path) -> int:
     """gpt-oss-20b's real header over a body of nothing: full size, no disk."""
     config, body = gpt_oss_20b(), 0

@@ -30,7 +30,14 @@ from gptoss.model.weights import Stored
 
 LAYOUTS = {layout.name: layout for layout in (ORIGINAL, HUGGINGFACE, HUGGINGFACE_BF16)}
 DENSE = ("BF16", "F32", "F16")
-CHUNK = 1 << 22  # values that ``check`` looks at together
+CHUNK = 1 << 20  # values that ``check`` looks at together
+# Where each format keeps its exponent, and the integer of its width.
+EXPONENT: dict[str, tuple[Any, Any]] = {
+    "bfloat16": (np.uint16(0x7F80), np.uint16),
+    "float16": (np.uint16(0x7C00), np.uint16),
+    "float32": (np.uint32(0x7F800000), np.uint32),
+    "uint8": (np.uint8(0xFF), np.uint8),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,13 +102,10 @@ class Checkpoint:
             CheckpointError: a dense tensor has an infinity or a NaN, or a scale of MXFP4 is 255.
         """
         for tensor in self.tensors.values():
+            if self._entries[tensor.name].part == "blocks":
+                continue  # every nibble is a number
             for start, chunk in _chunks(tensor):
-                if tensor.dtype != "U8":
-                    bad = ~np.isfinite(chunk)
-                elif self._entries[tensor.name].part == "scales":
-                    bad = chunk == 255
-                else:
-                    break
+                bad = _no_number(chunk)
                 if bad.any():
                     at = np.unravel_index(start + int(bad.argmax()), tensor.shape)
                     raise CheckpointError(
@@ -246,3 +250,13 @@ def _chunks(tensor: HostTensor) -> Iterator[tuple[int, npt.NDArray[Any]]]:
     flat = tensor.array().reshape(-1)
     for start in range(0, flat.size, CHUNK):
         yield start, flat[start : start + CHUNK]
+
+
+def _no_number(values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Where the exponent is all ones: infinity and NaN, and 255 in a scale, which is nothing else.
+
+    In bfloat16, looking at bits is several times faster than ``isfinite``.
+    """
+    mask, whole = EXPONENT[values.dtype.name]
+    bad: npt.NDArray[np.bool_] = (values.view(whole) & mask) == mask
+    return bad
