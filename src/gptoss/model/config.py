@@ -74,7 +74,8 @@ class ModelConfig:
                 raise ValueError(
                     f"rope_ntk_alpha ({self.rope_ntk_alpha}), rope_ntk_beta ({self.rope_ntk_beta}) "
                     f"and initial_context_length ({self.initial_context_length}) give YaRN the "
-                    f"range {low:.2f}..{high:.2f}, which must lie inside 0..{self.head_dim // 2 - 1}"
+                    f"range {low:.2f}..{high:.2f}, which must lie inside "
+                    f"0..{self.head_dim // 2 - 1}"
                 )
 
     @property
@@ -121,8 +122,8 @@ class ModelConfig:
         names = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - names):
             raise CheckpointError(
-                f"{origin}: unknown config fields {', '.join(map(repr, unknown[:8]))}. Either this is "
-                "not a gpt-oss checkpoint, or it is newer than this package."
+                f"{origin}: unknown config fields {', '.join(map(repr, unknown[:8]))}. Either this "
+                "is not a gpt-oss checkpoint, or it is newer than this package."
             )
         defaults = {"rms_norm_eps"}  # the one number the original dialect leaves unsaid
         if missing := sorted(names - set(values) - defaults):
@@ -152,8 +153,8 @@ def nano() -> ModelConfig:
     return ModelConfig(
         num_hidden_layers=4,
         hidden_size=128,
-        vocab_size=768,
-        num_attention_heads=8,
+        vocab_size=1024,
+        num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
         num_experts=8,
@@ -246,7 +247,7 @@ def _from_rope(rope: Mapping[str, Any], raw: Mapping[str, Any], origin: str) -> 
         raise CheckpointError(f"{origin}: rope_type is {kind!r}; gpt-oss has 'yarn'")
     if rope.get("truncate", False):
         raise CheckpointError(
-            f"{origin}: truncate is true, but gpt-oss does not round the YaRN range; set it to false"
+            f"{origin}: truncate is true, but gpt-oss does not round the YaRN range; set it false"
         )
     values: dict[str, Any] = {}
     if "rope_theta" in rope:

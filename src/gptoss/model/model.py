@@ -1,8 +1,8 @@
 """gpt-oss, all of it.
 
 This is the only place that says how the model is wired. It is written once and run by every
-backend: ``ops`` computes, ``kv`` remembers, ``w`` holds the numbers. Read it top to bottom; there is
-nothing underneath except the eight operations of ``ops.py``, whose NumPy definitions are in
+backend: ``ops`` computes, ``kv`` remembers, ``w`` holds the numbers. Read it top to bottom; there
+is nothing underneath except the eight operations of ``ops.py``, whose NumPy definitions are in
 ``reference.py``.
 
 ``trace(name, x)`` is called on every value worth comparing between two implementations. Names are

@@ -1,9 +1,9 @@
 """MXFP4: four-bit floats in blocks of 32 that share a power of two.
 
 A block of 32 values along a matrix's input dimension is 16 bytes of nibbles (the LOW nibble is the
-even index) and one scale byte. A nibble is sign, two bits of exponent and one of mantissa; the scale
-s stands for ``2 ** (s - 127)``. Several pairs of scale and nibble give the same value, so what a
-round trip keeps is values, not bytes.
+even index) and one scale byte. A nibble is sign, two bits of exponent and one of mantissa; the
+scale s stands for ``2 ** (s - 127)``. Several pairs of scale and nibble give the same value, so
+what a round trip keeps is values, not bytes.
 
 Specification: OCP Microscaling Formats (MX) v1.0, sections 5.3.3 (FP4 E2M1) and 5.4.1 (E8M0).
 """
@@ -52,9 +52,9 @@ class Packed:
 def decode(blocks: Bytes, scales: Bytes, dtype: Any = np.float32) -> npt.NDArray[Any]:
     """[..., G, 16] nibbles and [..., G] scales -> [..., G * 32] numbers."""
     exponent = scales.astype(np.int32) - BIAS
+    wide = np.float64 if np.dtype(dtype) == np.float64 else np.float32
     with np.errstate(over="ignore"):  # 6 * 2**127 is infinite in float32, and so is 2**128
-        unit = np.ldexp(np.ones((), np.float32 if dtype != np.float64 else np.float64), exponent)
-        unit = np.where(scales == 255, np.nan, unit).astype(unit.dtype)
+        unit = np.where(scales == 255, wide(np.nan), np.ldexp(wide(1), exponent))  # [..., G]
         values = PAIRS[blocks].reshape(*scales.shape, BLOCK) * unit[..., None]
     return values.reshape(*scales.shape[:-1], -1).astype(dtype, copy=False)
 
@@ -90,7 +90,8 @@ def encode(x: npt.NDArray[Any], rule: Rule = "least_squares") -> Packed:
         better = squared < least
         best, least = np.where(better, exponent, best), np.where(better, squared, least)
         codes = np.where(better[..., None], trial, codes)
-    return Packed(codes[..., ::2] | codes[..., 1::2] << 4, (best + BIAS).astype(np.uint8))
+    pairs = codes[..., ::2] | (codes[..., 1::2] << np.uint8(4))
+    return Packed(pairs, (best + BIAS).astype(np.uint8))
 
 
 def _nearest(x: npt.NDArray[np.float32]) -> Bytes:
@@ -98,4 +99,5 @@ def _nearest(x: npt.NDArray[np.float32]) -> Bytes:
     magnitude = np.abs(x)
     below = np.searchsorted(MIDPOINTS, magnitude, side="left").astype(np.uint8)
     tie = (magnitude == MIDPOINTS[np.minimum(below, 6)]) & (below % 2 == 1)
-    return below + tie.astype(np.uint8) | np.signbit(x).astype(np.uint8) << 3
+    code: Bytes = (below + tie) | (np.signbit(x).astype(np.uint8) << np.uint8(3))
+    return code

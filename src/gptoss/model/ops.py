@@ -56,6 +56,6 @@ class KV(Protocol):
         """Append k, v [T, K, d] to ``layer`` and attend q [T, H, d] to it -> [T, H, d].
 
         ``softmax([q @ k.T / sqrt(d), sink])`` without its last column, times v: causal within each
-        row; with a window, key j is visible to query i when ``i - window < j <= i``. The sink [H] is
-        a logit per head, not scaled, that takes probability and gives nothing back.
+        row; with a window, key j is visible to query i when ``i - window < j <= i``. The sink [H]
+        is a logit per head, not scaled, that takes probability and gives nothing back.
         """

@@ -89,7 +89,11 @@ MIXTURE = {
     "mlp2": "mlp2_weight",
     "mlp2_bias": "mlp2_bias",
 }
-OUTSIDE = {"embedding": "embedding.weight", "norm": "norm.scale", "unembedding": "unembedding.weight"}
+OUTSIDE = {
+    "embedding": "embedding.weight",
+    "norm": "norm.scale",
+    "unembedding": "unembedding.weight",
+}
 
 
 def specs(c: ModelConfig) -> list[Spec]:

@@ -31,8 +31,9 @@ class ReferenceBackend:
 
         def widen(name: str) -> Any:
             stored = read(name)
-            expert = isinstance(stored, Packed) or name.endswith(("mlp1_weight", "mlp2_weight"))
-            return stored if expert else stored.astype(dtype, copy=False)
+            if isinstance(stored, Packed) or name.endswith(("mlp1_weight", "mlp2_weight")):
+                return stored
+            return stored.astype(dtype, copy=False)
 
         self.weights = build(config, widen)
 

@@ -1,0 +1,12 @@
+// The only folder that includes Python: it checks arguments, then calls.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "cpu.hpp"
+
+NB_MODULE(_core, m) {
+    m.doc() = "The compiled part of gptoss.";
+    m.def("cpu_features", &gptoss::cpu_features,
+          "Instruction sets of this processor that kernels may be chosen by, such as 'avx2'.");
+}
