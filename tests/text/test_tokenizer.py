@@ -6,7 +6,7 @@ import time
 import pytest
 import tiktoken
 import tokenizers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from gptoss.errors import TokenizerError
@@ -143,6 +143,12 @@ def test_special_text_becomes_an_id_only_where_asked(tokenizer):
     assert tokenizer.encode_with_specials("<|star|>") == tokenizer.encode("<|star|>")
 
 
+def test_the_longest_special_token_wins():
+    vocab = Tokenizer({bytes([b]): b for b in range(256)}, {"<a": 300, "<ab": 301, "b": 302})
+    assert vocab.encode_with_specials("<abb<a") == [301, 302, 300]
+    assert vocab.encode("<ab") == [60, 97, 98]
+
+
 def test_lone_surrogates_become_replacement_characters(tokenizer):
     assert tokenizer.decode(tokenizer.encode("a\ud800b\udc00")) == "a\ufffdb\ufffd"
     assert tokenizer.decode(tokenizer.encode("\ud83d\ude00")) == "\U0001f600"
@@ -215,6 +221,7 @@ def test_saved_o200k_is_read_alike_by_hugging_face(tokenizer, tmp_path):
 @pytest.mark.parametrize("ignore_merges", [False, True])
 @pytest.mark.parametrize("place", ["first", "last", "none"])
 @settings(CHEAP, max_examples=25)
+@example(text="<|start|>the cat<|end|>")
 @given(text=st.text() | st.text("theca somn,<|>d ", max_size=60))
 def test_a_small_vocabulary_agrees_with_hugging_face_both_ways(
     tmp_path, ignore_merges, place, text
