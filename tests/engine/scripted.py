@@ -63,7 +63,7 @@ class Scripted:
                 raise KeyboardInterrupt
             if i in batch.wanted:
                 rows.append(self.logits_of(held))
-        return np.asarray(rows, np.float32)
+        return np.asarray(rows, np.float32).reshape(-1, self.config.vocab_size)
 
     def sample(self, logits, rules, uniforms):
         return sample_rows(logits, rules, uniforms)

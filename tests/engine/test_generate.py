@@ -33,7 +33,8 @@ def reference(tiny, weights):
 
 @pytest.fixture(scope="module")
 def torch_room(tiny, weights):
-    pytest.importorskip("torch")
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)  # more only get in each other's way on so small a model
     return load_backend("torch", tiny, weights.__getitem__, dtype="float32")
 
 
@@ -103,9 +104,9 @@ def test_a_seed_out_of_range_is_refused_before_anything_runs(seed):
     ids=["greedy", "free", "filtered"],
 )
 def test_a_seed_means_the_same_on_every_backend(reference, torch_room, rule):
-    for seed in range(4):
+    for seed in range(2):
         answers = [
-            ids(Generator(b).generate([5, 6, 7], rule=rule, seed=seed, max_tokens=24))
+            ids(Generator(b).generate([5, 6, 7], rule=rule, seed=seed, max_tokens=16))
             for b in (reference, torch_room)
         ]
         assert answers[0] == answers[1]

@@ -117,10 +117,9 @@ class Generator:
         held = self._rewind(common(self.past, tokens[:-1]))
         if first:
             self.reused = held
-        while len(self.past) < len(tokens):
-            chunk = tokens[len(self.past) :][: self.step_tokens]
-            logits = self._step(chunk, [len(chunk) - 1])
-        return logits[:, : self.vocab_size]
+        while (left := len(tokens) - len(self.past)) > self.step_tokens:
+            self._step(tokens[-left:][: self.step_tokens], [])
+        return self._step(tokens[-left:], [left - 1])[:, : self.vocab_size]
 
     def _rewind(self, length: int) -> int:
         """Keep the first ``length`` tokens of the past, or none if they are no longer held."""
