@@ -100,6 +100,11 @@ CASES = [
         [said("finally, it works", "final", R.NO_MESSAGE, R.NO_CHANNEL)],
     ),
     Case(
+        "<|message|> forgotten, the text begins with a header's word",
+        "<|channel|>final final answer: json<|return|>",
+        [said("final answer: json", "final", R.NO_MESSAGE)],
+    ),
+    Case(
         "<|message|> forgotten in a call",
         f'<|channel|>commentary to={WEATHER} <|constrain|>json{{"city": "Oslo"}}<|call|>',
         [call('{"city": "Oslo"}', R.NO_MESSAGE)],
@@ -121,8 +126,8 @@ CASES = [
     ),
     Case(
         "an end token in place of <|message|>",
-        "<|channel|>final<|end|>Hello<|return|>",
-        [said("Hello", "final", R.END_IN_HEADER, R.NO_MESSAGE)],
+        "<|channel|>final<|end|>hello<|return|>",
+        [said("hello", "final", R.END_IN_HEADER, R.NO_MESSAGE)],
     ),
     Case(
         "a header and nothing else",
@@ -343,6 +348,11 @@ CASES = [
         "a name without to=",
         f"<|channel|>commentary {WEATHER} <|constrain|>json<|message|>{{}}<|call|>",
         [call("{}", R.NO_TO)],
+    ),
+    Case(
+        "to= without a name",
+        f"<|channel|>commentary to={WEATHER} to=<|message|>{{}}<|call|>",
+        [call("{}", R.UNKNOWN_WORD, kind=None)],
     ),
     Case(
         "the recipient on both sides of the channel",

@@ -111,6 +111,12 @@ def test_of_two_types_the_last_one_counts(nano):
     assert (message.content_type, message.repairs) == ("json", (Repair.TWO_TYPES,))
 
 
+def test_the_longest_known_name_is_unglued(nano):
+    tokens = encode("<|channel|>commentary to=functions.pingfinaljson<|message|>{}<|call|>", nano)
+    [message] = checked(tokens, nano, tools=["ping", "pingfinal", "pingf"]).messages
+    assert (message.recipient, message.content_type) == ("functions.pingfinal", "json")
+
+
 @pytest.mark.parametrize(
     ("stream", "stop"),
     [
