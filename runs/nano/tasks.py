@@ -202,8 +202,8 @@ WORDS = (
     "coffee cookie butter cheese bread water sugar pepper salad pizza pasta noodle cloud thunder "
     "rain snow storm star moon comet rocket engine wheel train plane boat ship anchor harbor "
     "street market school teacher student doctor nurse farmer baker king queen knight dragon "
-    "wizard magic mirror candle lantern pillow blanket carpet table chair door house room kitchen cat dog "
-    "bird fish frog bee ant fox wolf bear lion deer goose duck hen cow pig sheep goat"
+    "wizard magic mirror candle lantern pillow blanket carpet table chair door house room kitchen "
+    "cat dog bird fish frog bee ant fox wolf bear lion deer goose duck hen cow pig sheep goat"
 ).split()
 STARTS: list[
     str
@@ -347,7 +347,8 @@ def unknown(rng: random.Random) -> Problem:
 
 CITIES = (
     "Paris London Berlin Madrid Rome Oslo Vienna Tokyo Delhi Cairo Lima Boston Dublin Athens "
-    "Prague Lisbon Warsaw Zurich Milan Geneva Bern Kyoto Seoul Quito Havana Nairobi Dakar Porto Turin Lyon"
+    "Prague Lisbon Warsaw Zurich Milan Geneva Bern Kyoto Seoul Quito Havana Nairobi Dakar "
+    "Porto Turin Lyon"
 ).split()
 ITEMS = tuple(w for w in WORDS if w not in ("rain", "snow", "storm", "happy", "yellow", "purple"))
 SKIES = ("sunny", "cloudy", "rainy", "windy", "foggy")

@@ -26,7 +26,7 @@ from gptoss.text import harmony
 from gptoss.text.tokenizer import Tokenizer
 from runs.nano import tasks, vocabulary
 
-BARE = (600, 1200)  # steps: until the first every conversation is bare, from the second hardly any
+BARE = (1000, 1500)  # steps: until the first every conversation is bare, from the second hardly any
 IGNORE = -100  # cross-entropy's label for "not learned from"
 
 
@@ -167,7 +167,7 @@ def main() -> None:
     """Train, or continue."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=3200)
     parser.add_argument("--batch", type=int, default=32, help="conversations a step")
     parser.add_argument("--muon", type=float, default=0.02, help="peak learning rate of matrices")
     parser.add_argument("--adam", type=float, default=3e-3, help="peak learning rate of the rest")

@@ -14,6 +14,7 @@ from gptoss.text.harmony import (
     render_for_completion,
     render_for_training,
     with_defaults,
+    without_old_thoughts,
 )
 from gptoss.text.messages import Developer, Message, System, Tool
 from gptoss.text.tokenizer import HARMONY_SPECIALS, Tokenizer
@@ -488,3 +489,17 @@ def test_rendering_does_not_change_its_input(tokenizer):
     before = json.dumps(schema)
     render([developer(schema)], tokenizer)
     assert json.dumps(schema) == before
+
+
+def test_old_thoughts_are_forgotten_and_a_tool_loop_keeps_its_own():
+    def say(channel, content, **header):
+        return Message(role="assistant", channel=channel, content=content, **header)
+
+    ask = Message(role="user", content="?")
+    call = say("commentary", "{}", recipient="functions.f", content_type="json")
+    answer = Message(role="tool", name="functions.f", channel="commentary", content="1")
+    talk = [ask, say("analysis", "a"), say("final", "b"), ask, say("analysis", "c")]
+    talk += [say("final", "d"), ask, say("analysis", "e"), call, answer]
+    kept = [m.content for m in without_old_thoughts(talk)]
+    assert kept == ["?", "b", "?", "d", "?", "e", "{}", "1"]
+    assert without_old_thoughts([ask, say("analysis", "a")]) == [ask, say("analysis", "a")]

@@ -198,9 +198,10 @@ def conversation(
 ) -> list[Message]:
     """All messages that the model is to read; a string is a user's."""
     turns = [Message(role="user", content=messages)] if isinstance(messages, str) else messages
-    return harmony.with_defaults(
+    whole = harmony.with_defaults(
         turns, effort=effort, instructions=instructions, tools=tools, current_date=current_date
     )
+    return harmony.without_old_thoughts(whole)
 
 
 def tool_names(messages: Sequence[Message]) -> list[str]:

@@ -63,6 +63,17 @@ def render_for_training(
     return tokens
 
 
+def without_old_thoughts(messages: Sequence[Message]) -> list[Message]:
+    """The conversation without the analysis that led to its final answers.
+
+    The format's documentation asks for this; OpenAI's renderer, and so ``render``, forgets only the
+    first answer's. What was thought since the last answer stays: a tool loop needs it.
+    """
+    finals = (i for i, m in enumerate(messages) if m.role == "assistant" and m.channel == "final")
+    last = max(finals, default=0)
+    return [m for i, m in enumerate(messages) if i >= last or m.channel != "analysis"]
+
+
 def _spent(messages: Sequence[Message]) -> int:
     """Analysis before this index is no longer needed."""
     spoken = [m for m in messages if m.role == "assistant"]

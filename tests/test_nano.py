@@ -1,0 +1,86 @@
+"""The model inside the package does what its card says, on problems its training never saw."""
+
+import random
+
+import numpy as np
+import pytest
+
+from gptoss import LLM
+from runs.nano import tasks, vocabulary
+from runs.nano.evaluate import solve
+
+CHECKED = tuple(task for task in tasks.SHARES if task != "unknown")
+
+
+@pytest.fixture(scope="module")
+def llm():
+    llm = LLM.load("nano")
+    tasks.STARTS[:] = vocabulary.starts(llm.tokenizer)
+    return llm
+
+
+def exam(task, count, seed=1, effort=None):
+    rng = random.Random(f"{task} {seed}")
+    return [tasks.example(rng, task=task, effort=effort, exam=True) for _ in range(count)]
+
+
+@pytest.mark.parametrize("task", CHECKED)
+def test_held_out_problems(llm, task):
+    wrong = [
+        example.prompt[-1].content for example in exam(task, 20) if not solve(llm, example)[0]
+    ]
+    assert len(wrong) <= 2, f"{task}: {wrong}"  # 95 % right on average leaves room for two of 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", CHECKED)
+def test_held_out_problems_at_length(llm, task):
+    right = [solve(llm, example)[0] for example in exam(task, 300, seed=2)]
+    assert np.mean(right) >= 0.95, f"{task}: {np.mean(right):.1%}"
+
+
+@pytest.mark.parametrize("question", ["What is 247 + 385?", "Reverse the word planet.", "Sort 7 3 9 1"])
+def test_effort_shows_in_the_length_of_the_analysis(llm, question):
+    low, medium, high = (
+        len(llm.chat(question, effort=effort, temperature=0.0).analysis) for effort in tasks.EFFORTS
+    )
+    assert 0 < 1.3 * low < medium and 1.3 * medium < high, (low, medium, high)
+
+
+def test_a_tool_is_called_and_its_answer_used(llm):
+    talk = [{"role": "user", "content": "What is the weather in Paris?"}]
+    call = llm.chat(talk, tools=[tasks.WEATHER], temperature=0.0)
+    assert call.finish_reason == "tool_calls"
+    assert [m.recipient for m in call.tool_calls] == ["functions.get_weather"]
+    assert call.tool_calls[0].content == '{"city": "Paris"}'
+    assert call.tool_calls[0].content_type == "json"
+    result = {
+        "role": "tool",
+        "name": "functions.get_weather",
+        "content": '{"degrees": 21, "sky": "sunny"}',
+    }
+    answer = llm.chat([*talk, *call.messages, result], tools=[tasks.WEATHER], temperature=0.0)
+    assert answer.text == "It is 21 degrees and sunny in Paris."
+
+
+def test_without_a_tool_it_says_so(llm):
+    reply = llm.chat("What is the weather in Paris?", temperature=0.0)
+    assert not reply.tool_calls and "too small" in reply.text
+
+
+def test_many_turns(llm):
+    talk = []
+    for question, answer in [("12 + 30", "42"), ("Reverse cat", "tac"), ("100 - 1", "99")]:
+        talk.append({"role": "user", "content": question})
+        reply = llm.chat(talk, temperature=0.0)
+        assert answer in reply.text
+        talk += reply.messages
+
+
+def test_it_is_the_published_layout_and_small():
+    from gptoss.checkpoint import open_checkpoint
+    from gptoss.llm.models import resolve
+
+    checkpoint = open_checkpoint(resolve("nano"))
+    assert checkpoint.layout.name == "huggingface"
+    assert sum(f.stat().st_size for f in checkpoint.path.iterdir()) < 8_000_000
