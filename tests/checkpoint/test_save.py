@@ -253,7 +253,7 @@ def test_nothing_that_exists_is_touched(sources, tmp_path):
     (tmp_path / "link").symlink_to(sources / "original")
     (tmp_path / "nowhere").symlink_to(tmp_path / "full" / "file")
     for name in ("file", "full", "link", "nowhere"):
-        with pytest.raises(CheckpointError):
+        with pytest.raises(CheckpointError, match="already exists as a"):
             convert(sources / "huggingface", tmp_path / name, "original")
     assert (tmp_path / "file").read_text() == (tmp_path / "full" / "file").read_text() == "mine"
     assert not left_behind(tmp_path) and not left_behind(sources)
