@@ -6,7 +6,7 @@ torch = pytest.importorskip("torch")
 
 from dataclasses import replace  # noqa: E402
 
-from hypothesis import given, settings  # noqa: E402
+from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from gptoss.backends.torch.cache import SPARE, Strip, TorchCache  # noqa: E402
@@ -41,19 +41,21 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(steps)
 def test_every_layer_shows_what_its_queries_may_see(ops):
     cache = TorchCache(TINY, 100_000)
-    rows, counter = {cache.open(): []}, 1
+    rows, counter, longest = {cache.open(): []}, 1, {0: 0}
     for op, which, n in ops:
         slot = sorted(rows)[which % len(rows)] if rows else None
         if op == "open" or slot is None:
-            rows[cache.open()] = []
+            slot = cache.open()
+            rows[slot], longest[slot] = [], 0
         elif op == "extend":
             new = list(range(counter, counter + n))
             counter += n
             rows[slot] += new
+            longest[slot] = max(longest[slot], len(rows[slot]))
             for layer, seen in enumerate(extend(cache, slot, new)):
                 window = TINY.window(layer) or len(rows[slot])
                 assert seen == rows[slot][-len(seen) :]
@@ -65,12 +67,13 @@ def test_every_layer_shows_what_its_queries_may_see(ops):
             length = max(0, len(rows[slot]) - n)
             try:
                 if op == "fork":
-                    rows[cache.fork(slot, length)] = rows[slot][:length]
+                    child = cache.fork(slot, length)
+                    rows[child], longest[child] = rows[slot][:length], longest[slot]
                 else:
                     cache.truncate(slot, length)
                     rows[slot] = rows[slot][:length]
             except CacheMiss:
-                assert n > SPARE, "that much can always be rewound"
+                assert longest[slot] - length > SPARE, "that much can always be rewound"
 
 
 def test_sliding_layers_stop_growing():
@@ -116,6 +119,39 @@ def test_a_miss_changes_nothing():
     assert cache.reserved == {slot: 900}
     assert list(cache.strips) == [slot]
     assert extend(cache, slot, [901])[1] == list(range(1, 902))
+
+
+def test_a_rewind_ends_exactly_where_the_window_does():
+    cache = TorchCache(replace(TINY, num_hidden_layers=1), 10_000)
+    slot = cache.open()
+    extend(cache, slot, list(range(1, 1001)))
+    furthest = cache.strips[slot][0].first + TINY.sliding_window - 1
+    with pytest.raises(CacheMiss):
+        cache.truncate(slot, furthest - 1)
+    cache.truncate(slot, furthest)
+    (seen,) = extend(cache, slot, [7])
+    assert seen == [*range(furthest - TINY.sliding_window + 2, furthest + 1), 7]
+
+
+def test_a_long_row_can_always_start_again():
+    cache = TorchCache(TINY, 10_000)
+    slot = cache.open()
+    extend(cache, slot, list(range(1, 1001)))
+    child = cache.fork(slot, 0)
+    cache.truncate(slot, 0)
+    for again in (slot, child):
+        assert extend(cache, again, [7, 8]) == [[7, 8]] * 4
+
+
+def test_a_fork_writes_into_memory_of_its_own():
+    cache = TorchCache(TINY, 1000)
+    parent = cache.open()
+    extend(cache, parent, list(range(1, 21)))
+    extend(cache, parent, [21])  # now there is room for more, which must not be shared
+    child = cache.fork(parent, 21)
+    extend(cache, parent, [22])
+    extend(cache, child, [99])
+    assert extend(cache, parent, [23])[1] == list(range(1, 24))
 
 
 def test_a_full_cache_opens_no_slot():

@@ -13,7 +13,7 @@ from gptoss.backends.slots import Slots
 from gptoss.errors import CacheMiss
 from gptoss.model.config import ModelConfig
 
-SPARE = 128  # tokens that can always be rewound, beyond a sliding layer's window
+SPARE = 128  # tokens that a row can always be rewound from the longest it has been
 QUERIES = 512  # of one row, attended together at most
 SCORES = 1 << 23  # H * queries * keys, attended together at most
 
