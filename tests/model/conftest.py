@@ -1,5 +1,5 @@
 from hypothesis import settings
 
-# An example's time depends on what else the machine does; only its answer is tested here.
+# How long an example takes depends on what else is running; only its answer is tested here.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")

@@ -148,6 +148,12 @@ def test_least_squares_is_better_on_ordinary_weights():
     assert least < 0.97 * min(floor, ceil)
 
 
+def test_least_squares_clips_one_value_where_that_saves_the_many():
+    x = block(4.1, *[0.25] * 31)
+    assert encode(x, "least_squares").decode()[0].tolist() == [3.0] + [0.25] * 31
+    assert encode(x, "floor").decode()[0].tolist() == [4.0] + [0.0] * 31
+
+
 def test_ties_go_to_the_even_mantissa():
     x = block(6.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -0.25, -5.0)
     wanted = [6.0, 0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, -0.0, -4.0]
