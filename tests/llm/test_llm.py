@@ -11,7 +11,7 @@ from gptoss import LLM, Message, TokenGenerator, Tool
 from gptoss.errors import ContextExceeded, GptOssError, TokenizerError
 from gptoss.llm.tokens import sampled_size
 from gptoss.text.tokenizer import Tokenizer
-from tests.llm.toy import CONFIG, SPECIALS, play, toy_tokenizer, write_toy
+from tests.llm.toy import CONFIG, SPECIALS, damaged, play, toy_tokenizer, write_toy
 
 ANSWER = (
     "<|channel|>analysis<|message|>Two and two.<|end|>"
@@ -226,14 +226,8 @@ def test_gpt_osss_own_vocabulary_serves_a_checkpoint_without_one(tmp_path):
 
 
 def test_damaged_weights_are_said_when_they_speak(tmp_path):
-    path = write_toy(tmp_path)
-    [file] = path.glob("*.safetensors")
-    data = bytearray(file.read_bytes())
-    head = 8 + int.from_bytes(data[:8], "little")
-    data[head : head + 2000] = b"\xff" * 2000
-    file.write_bytes(data)
     with pytest.raises(GptOssError, match="NaN"):
-        LLM.load(path).chat("hello", max_tokens=5)
+        LLM.load(damaged(write_toy(tmp_path))).chat("hello", max_tokens=5)
 
 
 # --- the front door

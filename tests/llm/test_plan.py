@@ -75,7 +75,14 @@ def test_what_cannot_be_is_a_value_error_before_loading(toy, wrong):
 
 def test_the_plan_says_layout_precision_bytes_backend_and_why(toy):
     text = str(plan.make_plan(open_checkpoint(toy), max_tokens=100))
-    for part in ("huggingface layout", "float32", "on disk", "reference", "this small", "100 tokens"):
+    for part in (
+        "huggingface layout",
+        "float32",
+        "on disk",
+        "reference",
+        "this small",
+        "100 tokens",
+    ):
         assert part in text
     assert len(text.splitlines()) == 2
 

@@ -1,5 +1,6 @@
 """A checkpoint of random weights with a vocabulary of bytes, and scripts to play on it."""
 
+from gptoss.checkpoint.open import open_checkpoint
 from gptoss.checkpoint.synthesize import synthesize
 from gptoss.model.config import ModelConfig
 from gptoss.text.tokenizer import Tokenizer
@@ -60,3 +61,21 @@ def play(llm, text):
         backend, vocab_size=llm.tokens.engine.vocab_size, max_tokens=llm.plan.max_tokens
     )
     return llm
+
+
+def without_specials(path):
+    """The same checkpoint, talking for ever: at temperature 0 no special token is likeliest."""
+    head = open_checkpoint(path).tensors["lm_head.weight"]
+    with head.path.open("r+b") as file:
+        file.seek(head.offset + 256 * 2 * CONFIG.hidden_size)
+        file.write(bytes(9 * 2 * CONFIG.hidden_size))
+    return path
+
+
+def damaged(path):
+    """The same checkpoint with NaN in its embedding."""
+    table = open_checkpoint(path).tensors["model.embed_tokens.weight"]
+    with table.path.open("r+b") as file:
+        file.seek(table.offset)
+        file.write(b"\xff" * table.nbytes)
+    return path

@@ -61,8 +61,13 @@ def run(
     if sys.stdin.isatty() and not quiet:
         chat.screen.note(HELP)
     while (line := ask(chat.screen)) is not None:
-        if not chat.take(line):
-            break
+        try:
+            if not chat.take(line):
+                break
+        except KeyboardInterrupt:  # before the first word
+            if not sys.stdin.isatty():
+                raise
+            chat.screen.note("stopped")
 
 
 class Chat:
@@ -111,6 +116,8 @@ class Chat:
             for delta in stream:
                 self.screen.show(delta)
         except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
             self.screen.note("stopped")
         self.screen.end()
         reply = stream.reply

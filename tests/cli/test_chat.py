@@ -1,0 +1,182 @@
+import os
+import pty
+import select
+import shlex
+import subprocess
+import sys
+import time
+
+import pytest
+
+from gptoss.llm import llm
+from tests.cli.conftest import COMMAND, ENVIRONMENT, run
+
+FINAL = "<|channel|>final<|message|>{}<|return|>"
+
+
+@pytest.fixture
+def typed(monkeypatch, tmp_path):
+    """What a pipe brings."""
+
+    files = []
+
+    def write(text):
+        path = tmp_path / "typed"
+        path.write_text(text)
+        files.append(path.open())
+        monkeypatch.setattr(sys, "stdin", files[-1])
+
+    yield write
+    for file in files:
+        file.close()
+
+
+def test_a_pipe_brings_a_message_a_line_and_takes_plain_answers(gptoss_, saying, typed, toy):
+    saying(FINAL.format("One."), FINAL.format("Two."))
+    typed("first\n\nsecond\n")
+    status, out, err = gptoss_("chat", toy, "-q", "-t", "0")
+    assert (status, out, err) == (0, "One.\nTwo.\n", "")
+
+
+def test_slash_commands(gptoss_, saying, typed, toy, monkeypatch):
+    asked, real = [], llm.conversation
+
+    def conversation(messages, **how):
+        asked.append(([m.content for m in messages], how["effort"]))
+        return real(messages, **how)
+
+    monkeypatch.setattr(llm, "conversation", conversation)
+    saying(*(FINAL.format(n) for n in "abcd"))
+    typed("one\n/effort high\ntwo\n/reset\nthree\n/effort none\n/nonsense\n//four\n/quit\nfive\n")
+    status, out, err = gptoss_("chat", toy, "-q", "-t", "0")
+    assert (status, out) == (0, "a\nb\nc\nd\n")
+    assert [e for _, e in asked] == ["medium", "high", "high", "high"]
+    assert [c[-1] for c, _ in asked] == ["one", "two", "three", "/four"]
+    assert [len(c) for c, _ in asked] == [1, 3, 1, 3]
+    assert err.count("/effort low|medium|high") == 2
+
+
+def test_instructions_are_the_developers(gptoss_, saying, typed, toy, monkeypatch):
+    seen = []
+    from gptoss.text import harmony
+
+    render = harmony.render_for_completion
+    monkeypatch.setattr(
+        harmony, "render_for_completion", lambda m, t: seen.extend(m) or render(m, t)
+    )
+    saying(FINAL.format("oui"))
+    typed("yes?\n")
+    gptoss_("chat", toy, "-q", "-t", "0", "--instructions", "French.")
+    assert [m.role for m in seen] == ["system", "developer", "user"]
+    assert seen[1].content.instructions == "French."
+
+
+def test_a_turn_without_an_answer_is_taken_back(gptoss_, saying, typed, toy, monkeypatch):
+    saying("<|channel|>analysis<|message|>Hm.<|return|>", FINAL.format("Yes."))
+    typed("one\ntwo\n")
+    status, out, err = gptoss_("chat", toy, "-q", "-t", "0")
+    assert (status, out) == (0, "Yes.\n")
+    assert "[analysis] Hm.\n(no final answer; the question is taken back)" in err
+
+
+def test_a_conversation_that_outgrows_the_context_goes_on_after_reset(gptoss_, saying, typed, toy):
+    saying(FINAL.format("a"), FINAL.format("b"))
+    typed("x" * 3000 + "\n/reset\nshort\n")
+    status, out, err = gptoss_("chat", toy, "-q", "-t", "0")
+    assert (status, out) == (0, "b\n") and "context of 2048" in err and "/reset" in err
+
+
+def test_what_is_not_utf8_ends_it_in_a_sentence(toy):
+    status, _, err = run("chat", toy, "-q", "-l", 4, stdin=b"ok\n\xff\n")
+    assert status == 1 and "gptoss: stdin: not UTF-8" in err
+
+
+def test_the_end_of_input_is_a_good_end(toy):
+    assert run("chat", toy, "-q") == (0, "", "")
+
+
+class Terminal:
+    """A command that prompts, on a terminal of its own."""
+
+    def __init__(self, *args):
+        self.master, slave = pty.openpty()
+        line = shlex.join([*COMMAND, *args])
+        self.process = subprocess.Popen(
+            # Whoever leads a session gets the first terminal it opens, and its Ctrl-C.
+            ["sh", "-c", f"exec {line} <{os.ttyname(slave)} >{os.ttyname(slave)} 2>&1"],
+            start_new_session=True,
+            env=ENVIRONMENT,
+        )
+        self.seen = ""
+        self.expect("> ")
+        os.close(slave)  # not before the command has opened it: a terminal needs somebody
+
+    def type(self, text):
+        os.write(self.master, text.encode())
+
+    def expect(self, text, seconds=60):
+        """Wait until ``text`` has appeared after what was expected before."""
+        end = time.monotonic() + seconds
+        while text not in self.seen:
+            ready, _, _ = select.select([self.master], [], [], max(0, end - time.monotonic()))
+            assert ready, f"{text!r} did not come: {self.seen[-300:]!r}"
+            try:
+                piece = os.read(self.master, 4096)
+            except OSError:
+                piece = b""
+            assert piece, f"{text!r} did not come before the end: {self.seen[-300:]!r}"
+            self.seen += piece.decode(errors="replace")
+        self.seen = self.seen[self.seen.index(text) + len(text) :]
+
+    def interrupt(self, effect, after=None):
+        """Ctrl-C, once the answer (or the prompt's line editor) is under way."""
+        if after is not None:
+            self.expect(after)
+            while not self.seen.strip():
+                self.seen += os.read(self.master, 4096).decode(errors="replace")
+        else:
+            time.sleep(
+                1
+            )  # a signal in the moment before it waits for keys, it notices with the next
+        self.type("\x03")
+        if effect is not None:
+            self.expect(effect)
+
+    def end(self):
+        status = self.process.wait(60)
+        os.close(self.master)
+        return status
+
+
+def test_ctrl_c_stops_the_turn_and_twice_at_the_prompt_leaves(endless):
+    terminal = Terminal("chat", endless, "-t", "0", "-q")
+    terminal.type("hello\n")
+    terminal.interrupt("(stopped)", after="hello\r\n")
+    terminal.expect("> ")
+    terminal.interrupt("Ctrl-C again")
+    terminal.expect("> ")
+    terminal.interrupt(None)
+    assert terminal.end() == 130
+    assert "Traceback" not in terminal.seen
+
+
+def test_after_a_stopped_turn_the_conversation_goes_on(endless):
+    terminal = Terminal("chat", endless, "-t", "0", "-q", "-l", "600")
+    terminal.type("hello\n")
+    terminal.interrupt("(stopped)", after="hello\r\n")
+    terminal.expect("> ")
+    terminal.type("again\n")
+    terminal.expect("(cut off)")
+    terminal.expect("> ")
+    terminal.type("\x04")
+    assert terminal.end() == 0
+
+
+def test_control_characters_of_a_model_do_not_reach_the_terminal(endless):
+    from gptoss.cli.terminal import shown
+
+    class Tty:
+        def isatty(self):
+            return True
+
+    assert shown("a\x1b[2Jb\n\tc\x9b", Tty()) == "a\ufffd[2Jb\n\tc\ufffd"
