@@ -18,7 +18,7 @@ class History(Slots):
 
     def __init__(self, max_tokens, window=None):
         super().__init__(max_tokens)
-        self.held, self.window = {}, window
+        self.held, self.window, self.broken = {}, window, False
 
     def open(self):
         slot = super().open()
@@ -27,6 +27,8 @@ class History(Slots):
 
     def truncate(self, slot, length):
         held = self.held[slot]
+        assert not (self.broken and length), "after half a step, nobody knows what the cache holds"
+        self.broken = False
         if self.window is not None and 0 < length < len(held) - self.window:
             raise CacheMiss(f"{length} of {len(held)}")
         super().truncate(slot, length)
@@ -59,7 +61,7 @@ class Scripted:
         for i, token in enumerate(batch.tokens.tolist()):
             held.append(token)
             if self.fail_at == len(held):
-                self.fail_at = None
+                self.fail_at, cache.broken = None, True
                 raise KeyboardInterrupt
             if i in batch.wanted:
                 rows.append(self.logits_of(held))

@@ -92,6 +92,13 @@ def test_a_uniform_is_philox_of_seed_and_position_alone(seed, position):
     assert uniform(seed, position) == (word >> 11) * 2.0**-53
 
 
+def test_an_answer_can_be_taken_up_anywhere():
+    whole = ids(Generator(Scripted()).generate([1, 2], rule=FREE, seed=3, max_tokens=8))
+    for n in range(8):
+        rest = Generator(Scripted()).generate([1, 2, *whole[:n]], rule=FREE, seed=3, max_tokens=8)
+        assert ids(rest)[: 8 - n] == whole[n:]
+
+
 @pytest.mark.parametrize("seed", [-1, 2**64])
 def test_a_seed_out_of_range_is_refused_before_anything_runs(seed):
     with pytest.raises(ValueError, match="seed"):
