@@ -279,7 +279,6 @@ def test_the_reference_runs_without_the_heavy_libraries():
     assert python(code).startswith("drawn: ")
 
 
-@pytest.mark.xfail(strict=True, reason="load_backend lets the ModuleNotFoundError through")
 def test_a_backend_whose_library_is_absent_says_so():
     code = ABSENT.format(absent=OPTIONAL | JUDGES) + RUN.format(name="torch")
     said = python(code)

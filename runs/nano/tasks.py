@@ -232,8 +232,8 @@ def quoted(rng: random.Random, text: str) -> str:
 
 
 def numbered(text: str) -> str:
-    """p1 l2 a3 ..."""
-    return " ".join(f"{letter}{i}" for i, letter in enumerate(text, 1))
+    """p1l2a3..."""
+    return "".join(f"{letter}{i}" for i, letter in enumerate(text, 1))
 
 
 def reverse(rng: random.Random) -> Problem:
@@ -248,7 +248,7 @@ def reverse(rng: random.Random) -> Problem:
         )
         + ("What is {w} backwards?", "Write {w} backwards.")
     ).format(w=quoted(rng, text))
-    back = " ".join(f"{text[i - 1]}{i}" for i in range(len(text), 0, -1))
+    back = "".join(f"{text[i - 1]}{i}" for i in range(len(text), 0, -1))
     named = f"The letters: {numbered(text)}. Backwards: {back}."
     analysis = {
         "low": numbered(text),
@@ -276,10 +276,10 @@ def count(rng: random.Random) -> Problem:
     times = "once" if n == 1 else f"{n} times"
     reply = f"The letter {letter} occurs {times} in {text}."
     places = [str(i) for i, x in enumerate(text, 1) if x == letter]
-    named = f"Count {letter} along the word: {' '.join(steps)}. So {n}."
+    named = f"Count {letter} along the word: {''.join(steps)}. So {n}."
     found = f"at {' '.join(places)}" if places else "nowhere"
     check = f"Check: {numbered(text)}. Found {letter} {found}, so {n}, good."
-    analysis = {"low": " ".join(steps), "medium": named, "high": f"{named} {check}"}
+    analysis = {"low": "".join(steps), "medium": named, "high": f"{named} {check}"}
     return Problem(question, analysis, reply, f"occurs {times} in", f"cnt {letter} {text}")
 
 

@@ -26,7 +26,12 @@ from gptoss.text import harmony
 from gptoss.text.tokenizer import Tokenizer
 from runs.nano import tasks, vocabulary
 
-BARE = (1000, 1500)  # steps: until the first every conversation is bare, from the second hardly any
+STAGES = (  # (until this step, shares of the tasks); afterwards ``tasks.SHARES``
+    (160, {"add": 1}),
+    (608, {"reverse": 5, "count": 5, "add": 2}),
+    (912, {"sort": 4, "tool": 4, "compare": 2, "subtract": 3, "reverse": 2, "count": 2, "add": 1}),
+)
+BARE = (1296, 1696)  # until the first step every conversation is bare, from the second hardly any
 IGNORE = -100  # cross-entropy's label for "not learned from"
 
 
@@ -49,13 +54,22 @@ def tokens_of(example: tasks.Example, tokenizer: Tokenizer) -> tuple[list[int], 
 def batches(tokenizer: Tokenizer, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless (tokens [b, n], labels [b, n]) of conversations of like length, padded on the right.
 
-    Short ones first: from whole conversations alone the model took over a thousand steps to look at
-    the question at all; from bare ones, two hundred. See ``BARE``.
+    What is learned first is to look at the question: a few tasks at a time and short conversations.
+    From the whole mixture at once the model had not begun to copy a digit after 750 steps; from
+    sums alone it does after 150.
     """
     rng = random.Random(seed)
     for step in itertools.count(0, 16):
-        share = max(0.05, min(1.0, (BARE[1] - step) / (BARE[1] - BARE[0])))
-        drawn = (tasks.example(rng, bare=rng.random() < share) for _ in range(size * 16))
+        shares = next((shares for end, shares in STAGES if step < end), tasks.SHARES)
+        bare = max(0.05, min(1.0, (BARE[1] - step) / (BARE[1] - BARE[0])))
+        drawn = (
+            tasks.example(
+                rng,
+                task=rng.choices(list(shares), list(shares.values()))[0],
+                bare=rng.random() < bare,
+            )
+            for _ in range(size * 16)
+        )
         pool = sorted((tokens_of(each, tokenizer) for each in drawn), key=lambda pair: len(pair[0]))
         groups = [pool[i : i + size] for i in range(0, len(pool), size)]
         rng.shuffle(groups)
@@ -167,12 +181,12 @@ def main() -> None:
     """Train, or continue."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3200)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=32, help="conversations a step")
-    parser.add_argument("--muon", type=float, default=0.02, help="peak learning rate of matrices")
+    parser.add_argument("--muon", type=float, default=0.015, help="peak learning rate of matrices")
     parser.add_argument("--adam", type=float, default=3e-3, help="peak learning rate of the rest")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--examine-every", type=int, default=250)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -1,6 +1,7 @@
 """Ways to run the model. One room per way; the engine sees only ``protocol.py``."""
 
 from gptoss.backends.protocol import Backend
+from gptoss.errors import BackendUnavailable
 from gptoss.model.config import ModelConfig
 from gptoss.model.weights import Read
 
@@ -30,8 +31,15 @@ def load_backend(
 
             return ReferenceBackend(config, read, dtype or "float32")
         case "torch":
-            from gptoss.backends.torch import TorchBackend
-
+            try:
+                from gptoss.backends.torch import TorchBackend
+            except ModuleNotFoundError as error:
+                if error.name != "torch":
+                    raise
+                raise BackendUnavailable(
+                    "the torch backend needs PyTorch, which is not installed; "
+                    "pip install 'gptoss[torch]'"
+                ) from None
             return TorchBackend(config, read, dtype or "bfloat16", device)
         case _:
             raise ValueError(f"unknown backend {name!r}; one of {', '.join(NAMES)}")

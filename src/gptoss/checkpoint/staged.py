@@ -5,7 +5,6 @@ What a killed process leaves is removed by the next one that writes to the same 
 """
 
 import errno
-import fcntl
 import glob
 import os
 import shutil
@@ -14,6 +13,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gptoss.errors import CheckpointError
+
+try:
+    import fcntl
+except ImportError:  # Windows: what a killed run left there stays until it is removed by hand
+    fcntl = None  # type: ignore[assignment]
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -84,6 +88,8 @@ def _remove_stale(target: Path) -> None:
 
 def _lock(directory: Path) -> int | None:
     """Lock ``directory`` until the descriptor is closed or the process ends. None: cannot."""
+    if fcntl is None:
+        return None
     try:
         descriptor = os.open(directory, os.O_RDONLY)
     except FileNotFoundError:
@@ -98,6 +104,8 @@ def _lock(directory: Path) -> int | None:
 
 def sync(path: Path) -> None:
     """Wait until a file, or a directory's list of names, is on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no directories
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,5 +1,6 @@
 """``Backend`` and ``Cache`` over plain NumPy."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,16 +12,17 @@ from gptoss.backends.sampling import sample_rows
 from gptoss.backends.slots import Slots
 from gptoss.model import model
 from gptoss.model.config import ModelConfig
-from gptoss.model.mxfp4 import Packed
-from gptoss.model.reference import NDArray, NumpyOps, attend_row
-from gptoss.model.weights import Read, build
+from gptoss.model.reference import NDArray, NumpyOps, attend_row, unpack
+from gptoss.model.weights import Read, build, specs
+
+SMALL = 256 << 20  # bytes of widened experts that are kept
 
 
 class ReferenceBackend:
     """Runs ``model.forward`` with ``NumpyOps``.
 
-    Dense weights are widened once, at load; experts stay as stored and are widened per use, so that
-    a 20b checkpoint fits beside its own page cache.
+    Dense weights are widened once, at load. So are the experts of a small model; those of a large
+    one stay as stored and are widened per use, so that a 20b fits beside its own page cache.
     """
 
     def __init__(self, config: ModelConfig, read: Read, dtype: str = "float32") -> None:
@@ -28,12 +30,14 @@ class ReferenceBackend:
             raise ValueError(f"the reference computes in float32 or float64, not {dtype}")
         self.config = config
         self.ops = NumpyOps()
+        experts = sum(math.prod(spec.shape) for spec in specs(config) if spec.kind == "expert")
+        small = experts * np.dtype(dtype).itemsize <= SMALL
 
         def widen(name: str) -> Any:
             stored = read(name)
-            if isinstance(stored, Packed) or name.endswith(("mlp1_weight", "mlp2_weight")):
+            if name.endswith(("mlp1_weight", "mlp2_weight")) and not small:
                 return stored
-            return stored.astype(dtype, copy=False)
+            return unpack(stored, dtype)
 
         self.weights = build(config, widen)
 
