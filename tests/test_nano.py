@@ -26,9 +26,7 @@ def exam(task, count, seed=1, effort=None):
 
 @pytest.mark.parametrize("task", CHECKED)
 def test_held_out_problems(llm, task):
-    wrong = [
-        example.prompt[-1].content for example in exam(task, 20) if not solve(llm, example)[0]
-    ]
+    wrong = [example.prompt[-1].content for example in exam(task, 20) if not solve(llm, example)[0]]
     assert len(wrong) <= 2, f"{task}: {wrong}"  # 95 % right on average leaves room for two of 20
 
 
@@ -39,7 +37,10 @@ def test_held_out_problems_at_length(llm, task):
     assert np.mean(right) >= 0.95, f"{task}: {np.mean(right):.1%}"
 
 
-@pytest.mark.parametrize("question", ["What is 247 + 385?", "Reverse the word planet.", "Sort 7 3 9 1"])
+QUESTIONS = ("What is 247 + 385?", "Reverse the word planet.", "Sort 7 3 9 1")
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
 def test_effort_shows_in_the_length_of_the_analysis(llm, question):
     low, medium, high = (
         len(llm.chat(question, effort=effort, temperature=0.0).analysis) for effort in tasks.EFFORTS

@@ -66,8 +66,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def test_opening_reads_headers_only(whole):
     assert sum(path.stat().st_size for path in whole.glob("*.safetensors")) - NBYTES < 1e6
-    seconds, peak = measured("open_checkpoint(sys.argv[1])", whole)
-    assert seconds < 2
+    _, peak = measured("open_checkpoint(sys.argv[1])", whole)
     assert peak < 500e6
 
 
