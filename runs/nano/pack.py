@@ -10,7 +10,6 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from gptoss.checkpoint.huggingface import HUGGINGFACE
 from gptoss.checkpoint.save import save
 from gptoss.model.config import nano
 from gptoss.model.weights import Stored
@@ -25,7 +24,7 @@ def pack(run: Path, target: Path) -> None:
         expert = name.endswith(("mlp1_weight", "mlp2_weight"))
         return whole if expert else np.asarray(whole, dtype=ml_dtypes.bfloat16)
 
-    save(nano(), read, target, HUGGINGFACE, tokenizer_path=run / "tokenizer.json")
+    save(nano(), read, target, "huggingface", tokenizer_path=run / "tokenizer.json")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,10 @@
 
 Every example is a harmony conversation. The last turn is the model's: an analysis whose length
 follows the reasoning effort (low: the bare steps; medium: the steps named; high: the steps named,
-then checked another way), then the answer. Problems are drawn from a ``random.Random``; a problem
+then checked another way), then the answer. An analysis begins by writing the problem down in a
+fixed width, so that every later step finds its digits at the same distance.
+
+Problems are drawn from a ``random.Random``; a problem
 belongs to the held-out set if a hash of its question's numbers or words says so, so that training
 never sees one, under any wording.
 """
@@ -15,7 +18,7 @@ from dataclasses import dataclass
 from gptoss.text.messages import Developer, Effort, Message, System, Tool
 
 EFFORTS: tuple[Effort, ...] = ("low", "medium", "high")
-PLACES = ("ones", "tens", "hundreds", "thousands")
+PLACES = ("ones", "tens", "hundreds")
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,8 @@ def number(rng: random.Random) -> int:
 
 def columns(a: int, b: int) -> list[tuple[str, int, int]]:
     """(place, digit of a, digit of b) from the right."""
-    width = max(len(str(a)), len(str(b)))
-    return [
-        (PLACES[i], int(x), int(y))
-        for i, (x, y) in enumerate(zip(f"{a:0{width}}"[::-1], f"{b:0{width}}"[::-1], strict=True))
-    ]
+    pairs = zip(f"{a:03}"[::-1], f"{b:03}"[::-1], strict=True)
+    return [(place, int(x), int(y)) for place, (x, y) in zip(PLACES, pairs, strict=True)]
 
 
 def sum_steps(a: int, b: int) -> tuple[str, str]:
@@ -96,10 +96,10 @@ def add(rng: random.Random) -> Problem:
     ).format(a=a, b=b)
     bare, named = sum_steps(a, b)
     analysis = {
-        "low": bare,
-        "medium": f"Add by columns: {named}. So {a + b}.",
-        "high": f"Add by columns: {named}. So {a + b}. "
-        f"Check the other way: {sum_steps(b, a)[1]}. Again {a + b}.",
+        "low": f"{a:03}+{b:03}: {bare}",
+        "medium": f"{a:03}+{b:03} by columns: {named}. So {a + b}.",
+        "high": f"{a:03}+{b:03} by columns: {named}. So {a + b}. "
+        f"Check {b:03}+{a:03}: {sum_steps(b, a)[1]}. Again {a + b}.",
     }
     return Problem(
         question, analysis, f"{a} + {b} = {a + b}", f"= {a + b}", f"add {min(a, b)} {max(a, b)}"
@@ -118,10 +118,16 @@ def subtract(rng: random.Random) -> Problem:
     ).format(a=a, b=b)
     big, small = max(a, b), min(a, b)
     bare, named = difference_steps(big, small)
-    swap = f"{a} < {b}, so swap, minus. " if a < b else ""
-    named = f"{swap}Subtract by columns: {named}. So {a - b}."
-    check = f"Check: {sum_steps(big - small, small)[1]}. So {big}, good."
-    analysis = {"low": swap + bare, "medium": named, "high": f"{named} {check}"}
+    swap = f"{a:03}-{b:03} is minus " if a < b else ""
+    named = f"{swap}{big:03}-{small:03} by columns: {named}. So {a - b}."
+    check = (
+        f"Check {big - small:03}+{small:03}: {sum_steps(big - small, small)[1]}. So {big}, good."
+    )
+    analysis = {
+        "low": f"{swap}{big:03}-{small:03}: {bare}",
+        "medium": named,
+        "high": f"{named} {check}",
+    }
     return Problem(question, analysis, f"{a} - {b} = {a - b}", f"= {a - b}", f"sub {a} {b}")
 
 
@@ -139,22 +145,18 @@ def compare(rng: random.Random) -> Problem:
         )
     ).format(w=word, a=a, b=b)
     steps: list[str] = []
-    if len(str(a)) != len(str(b)):
-        sign = "<" if a < b else ">"
-        steps.append(f"digits {len(str(a))}{sign}{len(str(b))}")
-    else:
-        for place, x, y in reversed(columns(a, b)):
-            sign = "=" if x == y else "<" if x < y else ">"
-            steps.append(f"{place} {x}{sign}{y}")
-            if x != y:
-                break
+    for place, x, y in reversed(columns(a, b)):
+        sign = "=" if x == y else "<" if x < y else ">"
+        steps.append(f"{place} {x}{sign}{y}")
+        if x != y:
+            break
     sign = "=" if a == b else "<" if a < b else ">"
     pick = max(a, b) if word == "larger" else min(a, b)
     reply = "They are equal." if a == b else f"{pick} is {word}."
     other = {"=": "=", "<": ">", ">": "<"}[sign]
-    named = f"Compare from the left: {', '.join(steps)}. So {a} {sign} {b}."
+    named = f"{a:03} and {b:03} from the left: {', '.join(steps)}. So {a} {sign} {b}."
     analysis = {
-        "low": " ".join(s.split()[1] for s in steps),
+        "low": f"{a:03} and {b:03}: " + " ".join(s.split()[1] for s in steps),
         "medium": named,
         "high": f"{named} Check the other way: {b} {other} {a}, good. The question is: {word}.",
     }
@@ -162,8 +164,8 @@ def compare(rng: random.Random) -> Problem:
 
 
 def sort(rng: random.Random) -> Problem:
-    """Three to five numbers in order, by taking the smallest again and again."""
-    numbers = [rng.randrange(10 ** rng.choice((1, 2))) for _ in range(rng.randint(3, 5))]
+    """Three or four numbers in order, by taking the smallest again and again."""
+    numbers = [rng.randrange(10 ** rng.choice((1, 2))) for _ in range(rng.randint(3, 4))]
     down = rng.random() < 0.3
     order = rng.choice(
         (" from largest to smallest",) if down else ("", " from smallest to largest")
@@ -176,18 +178,18 @@ def sort(rng: random.Random) -> Problem:
     left, steps, word = list(numbers), [], "largest" if down else "smallest"
     while len(left) > 1:
         best = max(left) if down else min(left)
-        steps.append((" ".join(map(str, left)), best))
+        steps.append((" ".join(f"{n:02}" for n in left), best))
         left.remove(best)
     in_order = sorted(numbers, reverse=down)
     reply = ", ".join(map(str, in_order))
-    named = "".join(f"{rest}: {word} {best}. " for rest, best in steps) + f"Last {left[0]}."
+    named = "".join(f"{rest}: {word} {best:02}. " for rest, best in steps) + f"Last {left[0]:02}."
     sign = ">" if down else "<"
     pairs = zip(in_order, in_order[1:], strict=False)
     check = ", ".join(f"{a} {'=' if a == b else sign} {b}" for a, b in pairs)
     analysis = {
-        "low": " ".join(f"{rest}:{best}," for rest, best in steps) + f" {left[0]}",
-        "medium": f"Take the {word} each time. {named}",
-        "high": f"Take the {word} each time. {named} Check: {check}, good.",
+        "low": "".join(f"{rest}:{best:02}, " for rest, best in steps) + f"{left[0]:02}",
+        "medium": named,
+        "high": f"{named} Check: {check}, good.",
     }
     return Problem(question, analysis, reply, reply, f"sort {down} {numbers}")
 
@@ -249,9 +251,9 @@ def reverse(rng: random.Random) -> Problem:
         + ("What is {w} backwards?", "Write {w} backwards.")
     ).format(w=quoted(rng, text))
     back = "".join(f"{text[i - 1]}{i}" for i in range(len(text), 0, -1))
-    named = f"The letters: {numbered(text)}. Backwards: {back}."
+    named = f"{text} has the letters {numbered(text)}. Backwards: {back}."
     analysis = {
-        "low": numbered(text),
+        "low": f"{text}: {numbered(text)}",
         "medium": named,
         "high": f"{named} Check: {len(text)} letters, from the back again: {numbered(text)}, good.",
     }
@@ -276,10 +278,14 @@ def count(rng: random.Random) -> Problem:
     times = "once" if n == 1 else f"{n} times"
     reply = f"The letter {letter} occurs {times} in {text}."
     places = [str(i) for i, x in enumerate(text, 1) if x == letter]
-    named = f"Count {letter} along the word: {''.join(steps)}. So {n}."
+    named = f"{text} with {letter} counted along: {''.join(steps)}. So {n}."
     found = f"at {' '.join(places)}" if places else "nowhere"
     check = f"Check: {numbered(text)}. Found {letter} {found}, so {n}, good."
-    analysis = {"low": "".join(steps), "medium": named, "high": f"{named} {check}"}
+    analysis = {
+        "low": f"{text} {letter}: {''.join(steps)}",
+        "medium": named,
+        "high": f"{named} {check}",
+    }
     return Problem(question, analysis, reply, f"occurs {times} in", f"cnt {letter} {text}")
 
 
@@ -472,7 +478,7 @@ def example(
     ``bare`` leaves out the system message and earlier turns: from these it learns to copy first.
     """
     task = task or rng.choices(list(SHARES), list(SHARES.values()))[0]
-    effort = effort or ("medium" if bare else rng.choice(EFFORTS))
+    effort = effort or ("medium" if bare else rng.choices(EFFORTS, (3, 3, 2))[0])
     while True:
         tools: list[Tool] = []
         if task == "tool":
@@ -490,7 +496,7 @@ def example(
         if task in SEEN_IN_TRAINING or held_out(key) == exam:
             break
     prompt = opening(rng, effort, tools)
-    for _ in range(rng.choice((0, 0, 0, 0, 1, 1, 2))):
+    for _ in range(rng.choice((0, 0, 0, 0, 0, 0, 1, 2))):
         prompt += history(rng)
     if bare:
         prompt = [message for message in prompt if message.role == "developer"]

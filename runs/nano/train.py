@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,11 +28,12 @@ from gptoss.text.tokenizer import Tokenizer
 from runs.nano import tasks, vocabulary
 
 STAGES = (  # (until this step, shares of the tasks); afterwards ``tasks.SHARES``
-    (160, {"add": 1}),
-    (608, {"reverse": 5, "count": 5, "add": 2}),
-    (912, {"sort": 4, "tool": 4, "compare": 2, "subtract": 3, "reverse": 2, "count": 2, "add": 1}),
+    (128, {"add": 1}),
+    (480, {"reverse": 5, "count": 5, "add": 2}),
+    (800, {"sort": 4, "tool": 3, "compare": 3, "subtract": 3, "reverse": 2, "count": 2, "add": 1}),
 )
-BARE = (1296, 1696)  # until the first step every conversation is bare, from the second hardly any
+BARE = (1104, 1296)  # until the first step every conversation is bare, from the second hardly any
+RATE = ((0, 0.01), (100, 1.0), (1300, 1.0), (2700, 0.005))  # (step, fraction of the peak)
 IGNORE = -100  # cross-entropy's label for "not learned from"
 
 
@@ -152,9 +154,10 @@ def optimizers(model: Transformer, muon: float, adam: float) -> list[torch.optim
     ]
 
 
-def schedule(step: int, steps: int) -> float:
-    """Fraction of the peak learning rate: a short warm-up, a plateau, a linear end."""
-    return min((step + 1) / 100, 1.0, max((steps - step) / (0.5 * steps), 0.01))
+def schedule(step: int) -> float:
+    """Fraction of the peak learning rate: straight lines between the corners of ``RATE``."""
+    steps, fractions = zip(*RATE, strict=True)
+    return float(np.interp(step, steps, fractions))
 
 
 @torch.no_grad()
@@ -181,7 +184,7 @@ def main() -> None:
     """Train, or continue."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2700)
     parser.add_argument("--batch", type=int, default=32, help="conversations a step")
     parser.add_argument("--muon", type=float, default=0.015, help="peak learning rate of matrices")
     parser.add_argument("--adam", type=float, default=3e-3, help="peak learning rate of the rest")
@@ -214,7 +217,7 @@ def main() -> None:
     for step in range(first, args.steps):
         tokens, labels = next(data)
         for tool, peak in zip(tools, peaks, strict=True):
-            tool.param_groups[0]["lr"] = peak * schedule(step, args.steps)
+            tool.param_groups[0]["lr"] = peak * schedule(step)
             tool.zero_grad()
         loss, total = loss_of(model, tokens, labels, balance=0.01)
         total.backward()
