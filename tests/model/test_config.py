@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gptoss.errors import CheckpointError
-from gptoss.model.config import LARGEST, PRESETS, ModelConfig, gpt_oss_20b, gpt_oss_120b
+from gptoss.model.config import LARGEST, LONGEST, PRESETS, ModelConfig, gpt_oss_20b, gpt_oss_120b
 from gptoss.model.weights import specs
 
 WHOLE = [f.name for f in fields(ModelConfig) if f.type is int]
@@ -208,6 +208,15 @@ def test_newer_files_put_the_rope_numbers_into_rope_parameters():
     assert read(raw) == gpt_oss_20b()
 
 
+def test_what_stands_twice_may_agree_and_what_is_null_is_not_there():
+    raw = released_huggingface()
+    raw["rope_parameters"] = raw["rope_scaling"] | {"rope_theta": 150000}
+    assert read(raw) == gpt_oss_20b()
+    names = "architectures quantization_config experts_per_token initial_context_length".split()
+    assert read(raw | dict.fromkeys([*names, "rope_scaling"])) == gpt_oss_20b()
+    assert read(raw | {"max_position_embeddings": 40960}) == gpt_oss_20b()  # a limit of its user
+
+
 def test_files_of_other_libraries_may_lack_the_optional_numbers():
     raw = released_huggingface()
     del raw["layer_types"], raw["attention_bias"], raw["rms_norm_eps"]
@@ -282,6 +291,11 @@ def test_impossible_real_numbers_are_refused_by_name(name, value):
         ({"num_hidden_layers": 5000}, ["num_hidden_layers", "4096"]),
         ({"rope_ntk_alpha": 32.0, "rope_ntk_beta": 1.0}, ["rope_ntk_alpha", "rope_ntk_beta"]),
         ({"initial_context_length": 8}, ["initial_context_length (8)"]),
+        (
+            {"rope_scaling_factor": 1e9},
+            ["initial_context_length (256)", "rope_scaling_factor (1000000000.0)", "1048576"],
+        ),
+        ({"rope_scaling_factor": 4097.0}, ["context_length of 1048832"]),
         ({"head_dim": 2}, ["0..0"]),
     ],
 )
@@ -290,6 +304,15 @@ def test_numbers_that_do_not_fit_each_other_are_refused_by_name(change, named):
         replace(BASE, **change)
     for text in named:
         assert text in str(caught.value)
+
+
+def test_a_context_of_a_million_tokens_is_the_longest():
+    assert replace(BASE, rope_scaling_factor=4096.0).context_length == LONGEST
+
+
+def test_an_unknown_dialect_is_no_dialect():
+    with pytest.raises(ValueError, match="dialect must be one of .*original.*huggingface"):
+        BASE.to_json("nonsense")  # type: ignore[arg-type]
 
 
 def huggingface(**changes: Any) -> dict[str, Any]:
@@ -310,10 +333,42 @@ def huggingface(**changes: Any) -> dict[str, Any]:
         (huggingface(layer_types=["sliding_attention", "full_attention"]), "layer_types"),
         (huggingface(layer_types="sliding_attention"), "layer_types"),
         (huggingface(layer_types=[[], {}, None, 1]), "layer_types[0]"),
+        (
+            huggingface(experts_per_token=3),
+            "experts_per_token is 3, but num_experts_per_tok is 2",
+        ),
+        (
+            huggingface(initial_context_length=512),
+            "initial_context_length is 512, but original_max_position_embeddings is 256",
+        ),
+        (
+            huggingface(rope_parameters=huggingface()["rope_scaling"] | {"factor": 4.0}),
+            "rope_scaling_factor is 8.0, but rope_scaling_factor of rope_parameters is 4.0",
+        ),
+        (
+            huggingface(rope_parameters={"rope_type": "default"}),
+            "rope_scaling_factor is 8.0, but rope_scaling_factor of rope_parameters is 1.0",
+        ),
+        (
+            huggingface(rope_parameters=huggingface()["rope_scaling"] | {"rope_theta": 1e4}),
+            "rope_theta is 150000.0, but rope_theta of rope_parameters is 10000.0",
+        ),
+        (huggingface(rope_parameters=[8]), "rope_parameters must be a JSON object"),
+        (
+            huggingface(quantization_config={"quant_method": "gptq"}),
+            "quant_method of quantization_config is 'gptq'",
+        ),
+        (huggingface(quantization_config={}), "quant_method of quantization_config is None"),
+        (huggingface(quantization_config="fp8"), "quant_method of quantization_config is 'fp8'"),
+        (huggingface(architectures=["LlamaForCausalLM"]), "architectures is ['LlamaForCausalLM']"),
+        (huggingface(architectures="GptOssForCausalLM"), "architectures is 'GptOssForCausalLM'"),
         (huggingface(rope_scaling=ROPE | {"truncate": True}), "truncate"),
         (huggingface(rope_scaling=ROPE | {"rope_type": "linear"}), "rope_type is 'linear'"),
         (huggingface(rope_scaling=ROPE | {"rope_type": {}}), "rope_type is {}"),
-        (huggingface(rope_scaling=ROPE | {"factor": "32"}), "rope_scaling_factor"),
+        (
+            huggingface(rope_scaling=huggingface()["rope_scaling"] | {"factor": "32"}),
+            "scaling_factor",
+        ),
         (huggingface(rope_scaling=ROPE | {"attention_factor": 1.0}), "attention_factor"),
         (huggingface(rope_scaling=ROPE | {"mscale": 2.0}), "mscale"),
         (huggingface(rope_scaling={"rope_type": "yarn"}), "rope_scaling_factor"),
@@ -370,7 +425,7 @@ JSON = st.recursive(
     max_leaves=6,
 )
 BASES = [asdict(BASE), BASE.to_json("huggingface")]
-BASES.append(BASES[1] | {"rope_parameters": ROPE | {"rope_theta": 1e4}})
+BASES.append(BASES[1] | {"rope_parameters": BASES[1]["rope_scaling"] | {"rope_theta": 150_000.0}})
 KEYS = sorted({key for base in BASES for key in base} | {"type", "swiglu_alpha"})
 
 

@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from gptoss.errors import CheckpointError
 
@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 Dialect = Literal["original", "huggingface"]
 LARGEST = 1 << 22  # no dimension of a real model comes near; a lying file does
+LONGEST = 1 << 20  # tokens; tables as long as the context are made, and the released have 1 << 17
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +67,12 @@ class ModelConfig:
             raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE rotates pairs")
         if self.rope_scaling_factor < 1.0:
             raise ValueError(f"rope_scaling_factor ({self.rope_scaling_factor}) must be at least 1")
+        if self.context_length > LONGEST:
+            raise ValueError(
+                f"initial_context_length ({self.initial_context_length}) times rope_scaling_factor "
+                f"({self.rope_scaling_factor}) is a context_length of {self.context_length}; "
+                f"at most {LONGEST} tokens are supported"
+            )
         if self.rope_theta <= 1.0:
             raise ValueError(f"rope_theta ({self.rope_theta}) must be more than 1")
         if self.rope_scaling_factor > 1.0:
@@ -134,7 +141,13 @@ class ModelConfig:
             raise CheckpointError(f"{origin}: {error}") from None
 
     def to_json(self, dialect: Dialect = "original", *, packed: bool = True) -> dict[str, Any]:
-        """The ``config.json`` of either dialect. ``packed``: experts are stored as MXFP4."""
+        """The ``config.json`` of either dialect. ``packed``: experts are stored as MXFP4.
+
+        Raises:
+            ValueError: an unknown dialect.
+        """
+        if dialect not in get_args(Dialect):
+            raise ValueError(f"dialect must be one of {get_args(Dialect)}, not {dialect!r}")
         return _to_huggingface(self, packed) if dialect == "huggingface" else asdict(self)
 
 
@@ -218,10 +231,9 @@ def _from_huggingface(raw: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """Our fields out of a ``GptOssForCausalLM`` config."""
     values = {name: raw[name] for name in _SAME if name in raw}
     values |= {ours: raw[theirs] for theirs, ours in _RENAMED.items() if theirs in raw}
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        raise CheckpointError(f"{origin}: rope_scaling must be a JSON object, not {rope!r}")
-    values |= _from_rope(rope, raw, origin)
+    _check_agreement(origin, raw, "experts_per_token", raw, "num_experts_per_tok")
+    _check_kind(raw, origin)
+    values |= _rope(raw, origin)
     for name, expected in _FIXED.items():
         if raw.get(name, expected) != expected:
             raise CheckpointError(f"{origin}: {name} is {raw[name]!r}; gpt-oss has {expected!r}")
@@ -240,8 +252,49 @@ def _from_huggingface(raw: Mapping[str, Any], origin: str) -> dict[str, Any]:
     return values
 
 
+def _check_agreement(
+    origin: str, a: Mapping[str, Any], name: str, b: Mapping[str, Any], other: str, within: str = ""
+) -> None:
+    """Where one number stands twice, under whatever names, it is the same number."""
+    if a.get(name) is not None and b.get(other) is not None and a[name] != b[other]:
+        raise CheckpointError(
+            f"{origin}: {name} is {a[name]!r}, but {other}{within} is {b[other]!r}"
+        )
+
+
+def _check_kind(raw: Mapping[str, Any], origin: str) -> None:
+    """The class and the packing, where the file names them, are those of gpt-oss."""
+    kinds, packing = raw.get("architectures"), raw.get("quantization_config")
+    if kinds is not None and (not isinstance(kinds, list) or "GptOssForCausalLM" not in kinds):
+        raise CheckpointError(
+            f"{origin}: architectures is {kinds!r}, without the 'GptOssForCausalLM' of gpt-oss"
+        )
+    if packing is None:
+        return
+    method = packing.get("quant_method") if isinstance(packing, Mapping) else packing
+    if method != "mxfp4":
+        raise CheckpointError(
+            f"{origin}: quant_method of quantization_config is {method!r}; gpt-oss has 'mxfp4'"
+        )
+
+
+def _rope(raw: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """The YaRN numbers, under either of the names that the library has had for them, or both."""
+    found: dict[str, dict[str, Any]] = {}
+    given = {name: raw[name] for name in ("rope_scaling", "rope_parameters") if raw.get(name)}
+    for name, rope in (given or {"rope_scaling": {}}).items():
+        if not isinstance(rope, Mapping):
+            raise CheckpointError(f"{origin}: {name} must be a JSON object, not {rope!r}")
+        _check_agreement(origin, raw, "rope_theta", rope, "rope_theta", f" of {name}")
+        found[name] = _from_rope(rope, raw, origin)
+    old, new = found.get("rope_scaling", {}), found.get("rope_parameters", {})
+    for name in sorted(set(old) & set(new)):
+        _check_agreement(origin, old, name, new, name, " of rope_parameters")
+    return old | new
+
+
 def _from_rope(rope: Mapping[str, Any], raw: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """The YaRN numbers, from ``rope_scaling`` or the newer ``rope_parameters``."""
+    """The YaRN numbers of ``rope_scaling`` or the newer ``rope_parameters``."""
     kind = rope.get("rope_type", rope.get("type"))
     if kind not in ("yarn", "default"):  # None too: the library's own default has changed
         raise CheckpointError(f"{origin}: rope_type is {kind!r}; gpt-oss has 'yarn'")
@@ -268,6 +321,9 @@ def _from_rope(rope: Mapping[str, Any], raw: Mapping[str, Any], origin: str) -> 
     known = {*names, "rope_type", "type", "rope_theta", "truncate"}
     if extra := sorted(key for key in set(rope) - known if rope[key] is not None):
         raise CheckpointError(f"{origin}: gpt-oss has no {', '.join(extra)} in its rope_scaling")
+    _check_agreement(
+        origin, raw, "initial_context_length", rope, "original_max_position_embeddings"
+    )
     return values | {ours: rope[theirs] for theirs, ours in names.items() if theirs in rope}
 
 
