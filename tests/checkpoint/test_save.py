@@ -1,7 +1,8 @@
 import dataclasses
 import json
+import mmap
 import os
-import resource
+import re
 import shutil
 import signal
 import subprocess
@@ -241,6 +242,81 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def too_large():
+    weights = random_weights(ODD)
+    weights["block.1.attn.out.bias"][3] = 3.4e38  # finite, but not in bfloat16
+    return ODD, weights, "block.1.attn.out.bias"
+
+
+def infinite(dtype=np.float32):
+    weights = random_weights(ODD, dtype=dtype)
+    weights["block.0.attn.qkv.weight"][-1, -1] = -np.inf
+    return ODD, weights, "block.0.attn.qkv.weight"
+
+
+def no_number():
+    weights = random_weights(ODD)
+    weights["block.1.mlp.mlp1_weight"][-1, 2, 3] = np.nan
+    return ODD, weights, "block.1.mlp.mlp1_weight"
+
+
+def scaled(scale, code):
+    name, draw = "block.1.mlp.mlp2_weight", reader(SMALL)
+    weights = {spec.name: draw(spec.name) for spec in specs(SMALL)}
+    weights[name].scales[-1, -1, -1], weights[name].blocks[-1, -1, -1] = scale, code
+    return SMALL, weights, name
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        too_large,
+        infinite,
+        lambda: infinite(ml_dtypes.bfloat16),
+        no_number,
+        lambda: scaled(253, 0x66),  # 4 * 2**126
+        lambda: scaled(254, 0x0C),  # -2 * 2**127
+        lambda: scaled(255, 0x00),
+    ],
+)
+def test_what_is_not_finite_in_bfloat16_is_refused_by_name(tmp_path, case):
+    config, weights, name = case()
+    with pytest.raises(CheckpointError, match=rf"^{re.escape(name)}: holds an infinity, a NaN"):
+        save(config, weights.__getitem__, tmp_path / "x", "huggingface-bf16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_largest_numbers_of_both_formats_survive(tmp_path):
+    _, weights, name = scaled(253, 0x55)  # 3 * 2**126
+    path = save(SMALL, weights.__getitem__, tmp_path / "x", "huggingface-bf16")
+    assert_same_values(open_checkpoint(path).read, weights.__getitem__)
+    assert open_checkpoint(path).dense(name).max() == 3 * 2.0**126
+
+
+@pytest.mark.parametrize("source", ["original", "huggingface-bf16"])
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ({"rule": "zzz"}, "rule must be one of floor, ceil, least_squares, not 'zzz'"),
+        ({"shard_bytes": 0}, "shard_bytes must be at least 1, or None, not 0"),
+        ({"shard_bytes": -5}, "shard_bytes must be at least 1, or None, not -5"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_written(
+    sources, tmp_path, source, wrong, said
+):
+    with pytest.raises(ValueError, match=said):
+        convert(sources / source, tmp_path / "new" / "x", "huggingface", **wrong)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_system_without_advice_on_memory_converts_all_the_same(sources, tmp_path, monkeypatch):
+    monkeypatch.delattr(mmap, "MADV_DONTNEED", raising=False)
+    for layout in LAYOUTS:
+        path = convert(sources / "huggingface", tmp_path / layout, layout)
+        assert_same_values(open_checkpoint(path).read, reader(SMALL))
+
+
 def test_an_unknown_layout_is_refused(tmp_path):
     with pytest.raises(ValueError, match="layout must be one of original, huggingface, "):
         synthesize(SMALL, tmp_path / "x", "gguf")
@@ -323,13 +399,9 @@ def test_a_disk_that_fills_up_leaves_nothing_but_a_sentence(sources, tmp_path):
 
 
 def test_a_limit_on_file_sizes_leaves_nothing_but_a_sentence(sources, tmp_path):
-    done = run(
-        CONVERT,
-        sources / "huggingface",
-        tmp_path / "x",
-        "huggingface-bf16",
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
-    )
+    pytest.importorskip("resource", reason="this system has no such limits")
+    limited = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (200_000, 200_000)); " + CONVERT
+    done = run(limited, sources / "huggingface", tmp_path / "x", "huggingface-bf16")
     assert done.returncode == 1
     said = done.stderr.strip().splitlines()[-1]
     assert said.endswith("could not be written: File too large. Nothing was left behind.")
@@ -344,6 +416,15 @@ def test_an_error_of_the_disk_leaves_nothing_but_a_sentence(sources, tmp_path, m
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(CheckpointError, match=r"x: could not be written: Input/output error\. "):
         convert(sources / "original", tmp_path / "x", "huggingface")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_of_another_file_names_that_file(sources, tmp_path):
+    def lost(done, total):
+        (tmp_path / "elsewhere" / "log").read_bytes()
+
+    with pytest.raises(CheckpointError, match=r"x: could not be written: .*elsewhere.log: No such"):
+        convert(sources / "original", tmp_path / "x", "huggingface", progress=lost)
     assert not list(tmp_path.iterdir())
 
 
@@ -460,6 +541,6 @@ def test_the_mapped_source_does_not_pile_up_in_memory(tmp_path):
     assert int(done.stdout) < 45e6
 
 
-def run(script, *arguments, **options):
+def run(script, *arguments):
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=HERE, **options)
+    return subprocess.run(command, capture_output=True, text=True, env=HERE)

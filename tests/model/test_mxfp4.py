@@ -231,3 +231,8 @@ def test_torch_has_the_same_scales():
     theirs = scales.view(torch.float8_e8m0fnu).float().numpy()
     ones = np.full((256, 1, 16), 0x22, np.uint8)  # 1.0 and 1.0
     assert same(decode(ones, np.arange(256, dtype=np.uint8)[:, None])[:, 0], theirs)
+
+
+def test_an_unknown_rule_is_refused_by_name():
+    with pytest.raises(ValueError, match="rule must be one of floor, ceil, least_squares, not 'x'"):
+        encode(np.zeros((2, 32), np.float32), "x")

@@ -1,6 +1,7 @@
 """Canonical tensors -> the values a layout stores, in pieces small enough for any machine.
 
-Dense values become bfloat16, rounded to nearest, ties to even. Values that MXFP4 can hold survive
+Dense values become bfloat16, rounded to nearest, ties to even; what is not finite then is refused,
+never written. Values that MXFP4 can hold survive
 any chain of conversions exactly; from packed to packed the bytes themselves are copied.
 """
 
@@ -43,7 +44,7 @@ class Source:
                 f"{canonical} must have the shape {self._shapes[canonical]}, not {stored.shape}"
             )
         if entries[0].part == "transposed":
-            yield from self._transposed(stored)
+            yield from self._transposed(stored, canonical)
         elif entries[0].part == "blocks":
             assert [entry.part for entry in entries] == ["blocks", "scales"], entries
             yield from self._packed(stored, canonical)
@@ -51,7 +52,7 @@ class Source:
             assert isinstance(stored, np.ndarray), f"{canonical} is packed, but not an expert"
             for entry in entries:
                 rows = stored[slice(*entry.rows)] if entry.part == "rows" else stored
-                yield from (_bf16(slab) for slab in _slabs(rows))
+                yield from (_bf16(slab, canonical) for slab in _slabs(rows))
 
     def _packed(self, stored: Stored, canonical: str) -> Iterator[Array]:
         """All nibbles, then all scales; of dense experts the scales (1/17) wait in memory."""
@@ -72,30 +73,38 @@ class Source:
             _forget(expert)
         yield from scales
 
-    def _transposed(self, stored: Stored) -> Iterator[Array]:
+    def _transposed(self, stored: Stored, canonical: str) -> Iterator[Array]:
         """Every expert as bfloat16 [columns, rows]."""
         for i in range(stored.shape[0]):
             expert = stored[i]
             if isinstance(expert, Packed):
-                yield self._decoded(expert)
+                yield self._decoded(expert, canonical)
                 _forget(expert.blocks)
             else:
-                yield np.ascontiguousarray(_bf16(expert.T))
+                yield np.ascontiguousarray(_bf16(expert.T, canonical))
                 _forget(expert)
 
-    def _decoded(self, packed: Packed) -> Array:
+    def _decoded(self, packed: Packed, canonical: str) -> Array:
         rows, columns = packed.shape
         out = np.empty((columns, rows), BF16)
 
         def fill(i: int) -> None:
-            out[:, i : i + STRIP] = packed[i : i + STRIP].decode(BF16).T
+            out[:, i : i + STRIP] = _bf16(packed[i : i + STRIP].decode(), canonical).T
 
         list(self._pool.map(fill, range(0, rows, STRIP)))
         return out
 
 
-def _bf16(values: Array) -> Array:
-    return values.astype(BF16, copy=False)
+def _bf16(values: Array, canonical: str) -> Array:
+    """``values`` as bfloat16, if every one of them is finite so."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        rounded = values.astype(BF16, copy=False)
+    if rounded.size and (rounded.view(np.uint16) & 0x7FFF).max() >= 0x7F80:  # an exponent of ones
+        raise CheckpointError(
+            f"{canonical}: holds an infinity, a NaN, or a number too large for bfloat16. The "
+            "source is damaged, or the training that wrote it diverged."
+        )
+    return rounded
 
 
 def _slabs(array: Array) -> Iterator[Array]:
@@ -116,5 +125,7 @@ def _forget(array: Array) -> None:
         base = base.base
     mapped = base.obj if isinstance(base, memoryview) else base
     # Only a read-only mapping: of others, the system would drop changes made in memory.
-    if isinstance(mapped, mmap.mmap) and memoryview(mapped).readonly:
+    if not isinstance(mapped, mmap.mmap) or not memoryview(mapped).readonly:
+        return
+    if hasattr(mmap, "MADV_DONTNEED"):  # Windows has no such advice
         mapped.madvise(mmap.MADV_DONTNEED)

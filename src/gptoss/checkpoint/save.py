@@ -26,7 +26,7 @@ from gptoss.checkpoint.pieces import THREADS, Source
 from gptoss.checkpoint.staged import staged, sync
 from gptoss.errors import CheckpointError
 from gptoss.model.config import Dialect, ModelConfig
-from gptoss.model.mxfp4 import BLOCK, Rule
+from gptoss.model.mxfp4 import BLOCK, RULES, Rule
 from gptoss.model.weights import Read, specs
 
 Progress = Callable[[int, int], None]  # bytes of tensors written, bytes in all
@@ -93,11 +93,16 @@ def save(
     ``tokenizer_path`` is a tokenizer.json to copy.
 
     Raises:
-        ValueError: an unknown layout, or a tensor that has another shape than the config says.
+        ValueError: an unknown layout or rule, shards of no bytes, or a tensor that has another
+            shape than the config says.
         CheckpointError: something is at ``path`` already, the disk is too small, fills up or fails,
-            or the experts cannot be packed. Nothing is left behind.
+            or values cannot be packed or do not fit into bfloat16. Nothing is left behind.
     """
     form = _layout(layout)
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, not {rule!r}")
+    if shard_bytes is not None and shard_bytes < 1:
+        raise ValueError(f"shard_bytes must be at least 1, or None, not {shard_bytes}")
     target = Path(path).resolve()
     _check_columns(config, form)
     if tokenizer_path is not None and not Path(tokenizer_path).is_file():

@@ -36,6 +36,8 @@ def staged(target: Path, needed: int) -> Iterator[Path]:
             os.rename(partial, target)
     except OSError as error:
         reason = "the disk is full" if error.errno in FULL else error.strerror or str(error)
+        if error.filename is not None:  # perhaps a file of the source, or the caller's own
+            reason = f"{error.filename}: {reason}"
         raise CheckpointError(
             f"{target}: could not be written: {reason}. Nothing was left behind."
         ) from error

@@ -9,13 +9,14 @@ Specification: OCP Microscaling Formats (MX) v1.0, sections 5.3.3 (FP4 E2M1) and
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 Bytes = npt.NDArray[np.uint8]
 Rule = Literal["floor", "ceil", "least_squares"]
+RULES: tuple[str, ...] = get_args(Rule)
 
 BLOCK = 32  # values that share a scale
 BIAS = 127  # of the scale byte; 255 is the specification's NaN
@@ -70,8 +71,10 @@ def encode(x: npt.NDArray[Any], rule: Rule = "least_squares") -> Packed:
     * ``least_squares``: of those two and the next finer one, the one with the least squared error.
 
     Raises:
-        ValueError: columns not a multiple of 32, or a value that is not finite.
+        ValueError: an unknown rule, columns not a multiple of 32, or a value that is not finite.
     """
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, not {rule!r}")
     if x.shape[-1] % BLOCK:
         raise ValueError(f"MXFP4 packs blocks of {BLOCK}, but the rows have {x.shape[-1]} columns")
     groups = np.asarray(x, np.float32).reshape(*x.shape[:-1], -1, BLOCK)
