@@ -43,7 +43,11 @@ DTYPES: dict[str, npt.DTypeLike] = {
     "U32": np.uint32,
     "U64": np.uint64,
 }
-LARGEST_HEADER = 100_000_000  # bytes; the official library's limit
+LARGEST_HEADER = 16_000_000  # bytes; that of gpt-oss-120b has less than one million
+# A tensor's entry takes three lists and dicts and at least 50 bytes. Many more of them would take
+# much more memory than the file has bytes, so that many are refused before they are parsed.
+BYTES_PER_CONTAINER = 16
+SPARE_CONTAINERS = 20_000  # brackets in names and metadata
 LARGEST_TENSOR = 1 << 62  # bytes, empty axes not counted: what numpy can index
 MOST_AXES = 32
 # What people give instead, by its first bytes; asked only when the header length is absurd.
@@ -125,6 +129,12 @@ def read(path: Path | str) -> dict[str, HostTensor]:
             raise CheckpointError(f"{path}: cannot be mapped into memory: {error}") from None
     if not raw.startswith(b"{"):
         raise CheckpointError(f"{path}: the header is not a JSON object; the file is damaged")
+    containers = raw.count(b"{") + raw.count(b"[")
+    if containers > n // BYTES_PER_CONTAINER + SPARE_CONTAINERS:
+        raise CheckpointError(
+            f"{path}: {containers} lists and objects in a header of {n} bytes are too many for "
+            "tensors; the file is damaged"
+        )
     header = parse_json(raw, f"{path}: header")
     _check_metadata(path, header.pop("__metadata__", {}))
     body = size - 8 - n
@@ -152,8 +162,8 @@ def _header_length(path: Path, head: bytes, size: int) -> int:
                 raise CheckpointError(f"{path}: {advice}")
         raise CheckpointError(
             f"{path}: claims a header of {n} bytes, but {size - 8} follow and the limit is "
-            f"{LARGEST_HEADER}. This is no safetensors file, or its download is incomplete; "
-            "compare the size with the source."
+            f"{LARGEST_HEADER}, many times what gpt-oss needs. This is no safetensors file, or its "
+            "download is incomplete; compare the size with the source."
         )
     return n
 
