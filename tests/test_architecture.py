@@ -1,6 +1,7 @@
 """The floor plan, enforced: imports point downstairs, and heavy ones stay in their room."""
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -256,7 +257,7 @@ def python(code: str) -> str:
         [sys.executable, "-W", "error", "-c", code],
         capture_output=True,
         text=True,
-        env={"PYTHONPATH": str(SRC.parent)},
+        env={**os.environ, "PYTHONPATH": str(SRC.parent)},
     )
     assert ran.returncode == 0, ran.stderr
     return ran.stdout

@@ -6,7 +6,6 @@ header must not make the reader allocate more than the file could explain.
 
 import json
 import shutil
-import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +25,6 @@ from tests.checkpoint.by_hand import canonical, described, glued, write
 
 FILES = 6000
 FOLDERS = 800
-SLOWEST = 10.0  # seconds for one, which takes milliseconds: a busy machine is no failure
 TENSORS = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
     "b": np.arange(32, dtype=np.uint8).reshape(2, 16),
@@ -137,14 +135,11 @@ def mutated(rng: Random) -> bytes:
 
 def refused(path: Path, seed: object) -> bool:
     """Read a file to its last value. What we accept, the official library accepts, and equally."""
-    start = time.perf_counter()
     try:
         tensors = read(path)
     except CheckpointError as error:
         assert "\n" not in str(error) and len(str(error)) < 2000, f"seed {seed}: {error}"
         return True
-    finally:
-        assert time.perf_counter() - start < SLOWEST, f"seed {seed} hangs"
     arrays = {name: tensor.array() for name, tensor in tensors.items()}
     with safetensors.safe_open(path, "np") as file:
         assert set(file.keys()) == set(arrays), f"seed {seed}"
@@ -254,7 +249,6 @@ def test_no_mutated_directory_does_anything_but_open_or_be_refused(
             spoil(folder, rng)
         size = sum(file.stat().st_size for file in folder.iterdir())
         allowance(16 << 20, "spoiling")
-        start = time.perf_counter()
         try:
             opened = open_checkpoint(folder)
             for name in weights:
@@ -262,7 +256,6 @@ def test_no_mutated_directory_does_anything_but_open_or_be_refused(
         except CheckpointError as error:
             assert "\n" not in str(error), f"seed {seed}: {error}"
             bad += 1
-        assert time.perf_counter() - start < SLOWEST, f"seed {seed} hangs"
         allowance(size, f"seed {seed}")
         shutil.rmtree(folder)
     assert FOLDERS // 2 < bad < FOLDERS - 50, f"{bad} of {FOLDERS} refused: lopsided"

@@ -1,5 +1,5 @@
+import io
 import os
-import pty
 import select
 import shlex
 import subprocess
@@ -8,7 +8,10 @@ import time
 
 import pytest
 
+from gptoss.cli import chat
+from gptoss.cli.terminal import Screen
 from gptoss.llm import llm
+from gptoss.text.parser import Delta
 from tests.cli.conftest import COMMAND, ENVIRONMENT, run
 
 FINAL = "<|channel|>final<|message|>{}<|return|>"
@@ -47,7 +50,7 @@ def test_slash_commands(gptoss_, saying, typed, toy, monkeypatch):
 
     monkeypatch.setattr(llm, "conversation", conversation)
     saying(*(FINAL.format(n) for n in "abcd"))
-    typed("one\n/effort high\ntwo\n/reset\nthree\n/effort none\n/nonsense\n//four\n/quit\nfive\n")
+    typed("one\n/effort high\ntwo\n/reset\nthree\n/effort none\n/nonsense\n  //four\n/quit\nfive\n")
     status, out, err = gptoss_("chat", toy, "-q", "-t", "0")
     assert (status, out) == (0, "a\nb\nc\nd\n")
     assert [e for _, e in asked] == ["medium", "high", "high", "high"]
@@ -79,11 +82,48 @@ def test_a_turn_without_an_answer_is_taken_back(gptoss_, saying, typed, toy, mon
     assert "[analysis] Hm.\n(no final answer; the question is taken back)" in err
 
 
-def test_a_conversation_that_outgrows_the_context_goes_on_after_reset(gptoss_, saying, typed, toy):
+def test_a_conversation_that_outgrows_the_context_goes_on_after_reset(
+    gptoss_, saying, typed, toy, monkeypatch
+):
     saying(FINAL.format("a"), FINAL.format("b"))
-    typed("x" * 3000 + "\n/reset\nshort\n")
+    typed("")
+    lines = iter(["x" * 3000, "/reset", "short", None])
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(chat, "ask", lambda screen: next(lines))
     status, out, err = gptoss_("chat", toy, "-q", "-t", "0")
     assert (status, out) == (0, "b\n") and "context of 2048" in err and "/reset" in err
+
+
+def test_from_a_pipe_a_message_beyond_the_context_is_a_failure(gptoss_, saying, typed, toy):
+    saying(FINAL.format("a"), FINAL.format("b"))
+    typed("x" * 3000 + "\nshort\n")
+    status, out, err = gptoss_("chat", toy, "-q", "-t", "0")
+    assert (status, out) == (1, "") and "context of 2048" in err
+
+
+def test_an_answer_with_an_odd_header_does_not_end_the_conversation(gptoss_, saying, typed, toy):
+    odd = (
+        "<|channel|>analysis to=a..b text/plain<|message|>x<|end|><|start|>tool<|message|>y<|end|>"
+    )
+    odd += "<|start|>assistant<|channel|>final <|constrain|>text/plain<|message|>One.<|return|>"
+    saying(odd, FINAL.format("Two."))
+    typed("first\nsecond\n")
+    status, out, err = gptoss_("chat", toy, "-q", "-t", "0")
+    assert (status, out) == (0, "One.\nTwo.\n") and "[tool] y\n" in err
+
+
+@pytest.mark.parametrize("command", ["chat", "generate"])
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (["--top-p", "0"], "top_p"),
+        (["--seed", str(2**64)], "seed"),
+        (["-t", "nan"], "temperature"),
+    ],
+)
+def test_a_slip_in_how_to_draw_is_said_before_a_model_is_sought(gptoss_, command, wrong, said):
+    status, out, err = gptoss_(command, "no such model", *wrong)
+    assert (status, out) == (2, "") and said in err.splitlines()[-1]
 
 
 def test_what_is_not_utf8_ends_it_in_a_sentence(toy):
@@ -91,19 +131,27 @@ def test_what_is_not_utf8_ends_it_in_a_sentence(toy):
     assert status == 1 and "gptoss: stdin: not UTF-8" in err
 
 
+def test_instructions_that_are_not_utf8_are_refused_in_a_sentence(toy):
+    instructions = b"caf\xe9".decode("utf-8", "surrogateescape")
+    status, _, err = run("chat", toy, "-q", "--instructions", instructions)
+    assert status == 1 and "gptoss: --instructions: not UTF-8" in err
+
+
 def test_the_end_of_input_is_a_good_end(toy):
     assert run("chat", toy, "-q") == (0, "", "")
 
 
 class Terminal:
-    """A command that prompts, on a terminal of its own."""
+    """A command that prompts, on a terminal of its own; stdout may be a file."""
 
-    def __init__(self, *args):
+    def __init__(self, *args, out=None):
+        pty = pytest.importorskip("pty", reason="this system has no terminals of its own making")
         self.master, slave = pty.openpty()
         line = shlex.join([*COMMAND, *args])
+        to = out or os.ttyname(slave)
         self.process = subprocess.Popen(
             # Whoever leads a session gets the first terminal it opens, and its Ctrl-C.
-            ["sh", "-c", f"exec {line} <{os.ttyname(slave)} >{os.ttyname(slave)} 2>&1"],
+            ["sh", "-c", f"exec {line} <{os.ttyname(slave)} >{to} 2>{os.ttyname(slave)}"],
             start_new_session=True,
             env=ENVIRONMENT,
         )
@@ -180,3 +228,29 @@ def test_control_characters_of_a_model_do_not_reach_the_terminal(endless):
             return True
 
     assert shown("a\x1b[2Jb\n\tc\x9b", Tty()) == "a\ufffd[2Jb\n\tc\ufffd"
+
+
+def test_a_file_of_answers_has_no_prompts(toy, tmp_path):
+    terminal = Terminal("chat", toy, "-q", "-l", "4", out=tmp_path / "answers")
+    terminal.type("/quit\n")
+    assert terminal.end() == 0
+    assert (tmp_path / "answers").read_bytes() == b""
+
+
+def test_what_is_typed_that_is_not_utf8_ends_it_in_a_sentence(toy):
+    terminal = Terminal("chat", toy, "-q", "-l", "4")
+    os.write(terminal.master, b"caf\xe9\n")
+    terminal.expect("gptoss: stdin: not UTF-8")
+    assert terminal.end() == 1
+
+
+def test_thoughts_reach_the_terminal_as_they_are(monkeypatch):
+    class Tty(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Tty())
+    screen = Screen()
+    screen.show(Delta(0, "user", None, None, "a :key: [b]"))
+    screen.end()
+    assert "[user] " in sys.stderr.getvalue() and "a :key: [b]" in sys.stderr.getvalue()

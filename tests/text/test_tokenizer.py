@@ -1,7 +1,6 @@
 import hashlib
 import json
 import lzma
-import time
 
 import pytest
 import tiktoken
@@ -156,12 +155,10 @@ def test_lone_surrogates_become_replacement_characters(tokenizer):
 
 
 @pytest.mark.parametrize("text", ["a", " ", "\t", "\u3000", "\n", "漢", "=", "A", " \n", "ab c"])
-def test_a_megabyte_of_one_thing_takes_no_quadratic_time(tokenizer, text):
+def test_a_megabyte_of_one_thing_comes_back(tokenizer, text):
+    """Quadratic time would take minutes here, deep recursion would crash."""
     text *= 1_000_000 // len(text)
-    started = time.process_time()
-    ids = tokenizer.encode(text + "b")
-    assert time.process_time() - started < 5  # measured: 0.5; quadratic: minutes, or a crash
-    assert tokenizer.decode(ids) == text + "b"
+    assert tokenizer.decode(tokenizer.encode(text + "b")) == text + "b"
 
 
 def test_long_texts_are_cut_only_inside_enormous_whitespace(tokenizer, oracle):
