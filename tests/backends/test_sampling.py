@@ -81,6 +81,27 @@ def test_more_padding_of_no_weight_changes_nothing(logits, rule, uniform):
     assert sample(padded, rule, uniform) == sample(logits, rule, uniform)
 
 
+@pytest.mark.parametrize("temperature", [1e-308, 5e-324])
+def test_a_tiny_temperature_is_greedy_without_a_warning(temperature):
+    logits = np.asarray([-3e38, 1.0, 3e38, 3e38, -np.inf], np.float32)
+    rule = Sampling(temperature=temperature)
+    assert [sample(logits, rule, u) for u in (0.0, 0.49, 0.51, 0.99)] == [2, 2, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("logits", "token"),
+    [
+        ([-np.inf, -np.inf], 0),
+        ([0.0, np.nan, np.inf], 1),
+        ([np.nan, np.nan], 0),
+        ([0.0, np.inf, np.inf], 1),
+    ],
+)
+@pytest.mark.parametrize("rule", [{}, {"temperature": 0.0}, {"top_k": 1}, {"min_p": 0.5}], ids=str)
+def test_without_a_distribution_the_answer_is_argmax_without_a_warning(logits, token, rule):
+    assert sample(np.asarray(logits, np.float32), Sampling(**rule), 0.9) == token
+
+
 def test_rows_are_drawn_each_by_its_own_rule_and_uniform():
     logits = np.asarray([[0, 1, 2], [2, 1, 0], [0, 0, 0]], np.float32)
     rules = [Sampling(temperature=0.0), Sampling(top_k=1), Sampling()]

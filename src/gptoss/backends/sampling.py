@@ -1,6 +1,7 @@
 """The sampling rule, and its host version for backends whose logits live there anyway."""
 
 from collections.abc import Sequence
+from math import isfinite
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +21,18 @@ def sample(logits: npt.NDArray[np.float32], rule: Sampling, uniform: float) -> i
 
     Temperature first, then top-k, top-p and min-p, each on what the one before left, likeliest
     first; ties break towards the smaller token id.
+
+    Where that is no distribution (NaN, +inf or nothing but -inf among the logits) the answer is
+    NumPy's ``argmax``, without a warning: who cannot trust the model looks at the logits.
     """
-    if rule.temperature == 0.0:
+    best = float(logits.max())
+    if rule.temperature == 0.0 or not isfinite(best):
         return int(logits.argmax())
     order = np.argsort(-logits, kind="stable")
     if rule.top_k:
         order = order[: rule.top_k]
-    scaled = (logits[order].astype(np.float64) - float(logits[order[0]])) / rule.temperature
+    with np.errstate(over="ignore"):  # a tiny temperature: -inf is right, the likeliest stays at 0
+        scaled = (logits[order].astype(np.float64) - best) / rule.temperature
     p = np.exp(scaled)
     p /= p.sum()
     keep = len(p)
