@@ -33,13 +33,18 @@ def load_backend(
         case "torch":
             try:
                 from gptoss.backends.torch import TorchBackend
-            except ModuleNotFoundError as error:
-                if error.name != "torch":
-                    raise
+            except (ImportError, OSError) as error:
+                culprit = getattr(error, "name", None) or ""
+                if culprit.split(".")[0] == "gptoss":
+                    raise  # a fault of ours, which no installing mends
+                if isinstance(error, ModuleNotFoundError) and culprit == "torch":
+                    raise BackendUnavailable(
+                        "the torch backend needs PyTorch, which is not installed; "
+                        "pip install 'gptoss[torch]'"
+                    ) from None
                 raise BackendUnavailable(
-                    "the torch backend needs PyTorch, which is not installed; "
-                    "pip install 'gptoss[torch]'"
-                ) from None
+                    f"PyTorch is installed, but importing it fails: {error}"
+                ) from error
             return TorchBackend(config, read, dtype or "bfloat16", device)
         case _:
             raise ValueError(f"unknown backend {name!r}; one of {', '.join(NAMES)}")
