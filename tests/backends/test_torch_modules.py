@@ -198,6 +198,86 @@ def test_a_swapped_router_is_really_used(model, weights):
     torch.testing.assert_close(block(block_in), block_in + 10 * block.norm(block_in))
 
 
+class LastExperts(TopKRouter):
+    """Ours, but for which experts win."""
+
+    def forward(self, x):
+        chosen, share = super().forward(x)
+        return 3 - chosen, share
+
+
+class Doubled(Experts):
+    """Ours, twice."""
+
+    def forward(self, x, chosen, share):
+        return 2 * super().forward(x, chosen, share)
+
+
+def test_a_subclass_of_our_parts_is_really_used():
+    block, x = MLPBlock(TINY, LastExperts(TINY), Doubled(TINY)), torch.randn(4, 32)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter)
+    ours = block.norm(x)
+    chosen, share = TopKRouter.forward(block.gate, ours)
+    mixed = 2 * Experts.forward(block.experts, ours, 3 - chosen, share)
+    torch.testing.assert_close(block(x), x + mixed)
+
+
+class Sevens(torch.nn.Module):
+    """A part with a start of its own; as a router, as experts or as an attention."""
+
+    def __init__(self, config: ModelConfig | None = None) -> None:
+        super().__init__()
+        self.own = torch.nn.Parameter(torch.full((3, 3), 7.0))
+
+
+def test_a_swapped_part_starts_as_it_wants_to():
+    model = Transformer(TINY, router=Sevens, attend=Sevens())
+    for swapped in (*model.block, MLPBlock(TINY, experts=Sevens())):
+        sevens = [x for name, x in swapped.named_parameters() if name.endswith(".own")]
+        assert sevens
+        assert all((x == 7).all() for x in sevens)
+    matrices = [x for n, x in model.named_parameters() if x.dim() > 1 and "bias" not in n]
+    deviations = [x.std().item() for x in matrices if x.shape != (3, 3)]
+    assert len(deviations) == 2 + 4 * 4
+    assert all(0.015 < x < 0.025 for x in deviations)
+
+
+class NormedExperts(torch.nn.Module):
+    """Experts whose names are not ours, one of them that of the block's own norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = RMSNorm(32)
+        self.up = torch.nn.Linear(32, 32)
+        self.mlp1_gain = torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, x, chosen, share):
+        return self.up(self.norm(x))
+
+
+def test_swapped_experts_keep_their_names():
+    one, two = (MLPBlock(TINY, experts=NormedExperts()) for _ in range(2))
+    for parameter in one.parameters():
+        torch.nn.init.normal_(parameter)
+    state = one.state_dict()
+    assert sorted(state) == sorted(
+        "norm.scale gate.weight gate.bias mlp1_gain "
+        "experts.norm.scale experts.up.weight experts.up.bias".split()
+    )
+    two.load_state_dict(state)
+    theirs = dict(two.named_parameters())
+    assert all(torch.equal(x, theirs[name]) for name, x in one.named_parameters())
+    assert not torch.equal(two.norm.scale, two.experts.norm.scale)
+
+
+def test_a_routers_shares_may_be_wider_than_the_model():
+    swapped = Transformer(TINY, router=FirstExperts).bfloat16()
+    logits = swapped(torch.tensor(text(5)))
+    assert logits.dtype is torch.bfloat16
+    assert logits.isfinite().all()
+
+
 def test_a_swapped_attention_is_really_used(model, weights):
     seen = []
 
@@ -213,8 +293,17 @@ def test_a_swapped_attention_is_really_used(model, weights):
     assert seen == [((2, 4, 3, 16), (2, 2, 3, 16), 4, w) for w in (8, None, 8, None)]
 
 
-@pytest.mark.parametrize("layout", [ORIGINAL, HUGGINGFACE, HUGGINGFACE_BF16], ids=lambda x: x.name)
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("layout", "packed"),
+    [
+        (ORIGINAL, False),
+        (ORIGINAL, True),
+        (HUGGINGFACE, False),
+        (HUGGINGFACE, True),
+        (HUGGINGFACE_BF16, False),
+    ],
+    ids=lambda x: getattr(x, "name", x),
+)
 def test_every_layouts_state_dict_loads(layout, packed):
     weights = random_weights(TINY)
     quantised = {n: encode(w) for n, w in weights.items() if n.endswith("_weight")}
@@ -232,8 +321,6 @@ def test_every_layouts_state_dict_loads(layout, packed):
                 "scales": lambda entry=entry: quantised[entry.canonical].scales,
             }[entry.part]()
         )
-    if packed and not layout.packed:
-        pytest.skip("this layout has no packed experts")
     model = Transformer(TINY, packed=packed)
     model.load_state_dict(theirs)
     truth = logits_of(load_backend("reference", TINY, weights.get), text(20), [20])
@@ -263,3 +350,16 @@ def test_from_checkpoint(tmp_path, packed):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 1.0  # memory of its own, not the mapped file
+
+
+def test_from_checkpoint_gives_contiguous_parameters(tmp_path):
+    """Even where the file holds the transpose."""
+    synthesize(TINY, tmp_path / "model", layout="huggingface-bf16")
+    model = Transformer.from_checkpoint(tmp_path / "model")
+    assert all(x.is_contiguous() for x in model.state_dict().values())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bf16", torch.float16, torch.int8], ids=str)
+def test_from_checkpoint_refuses_an_unknown_dtype(tmp_path, dtype):
+    with pytest.raises(ValueError, match="float32, bfloat16, float64, not"):
+        Transformer.from_checkpoint(tmp_path, dtype=dtype)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gptoss.backends.torch.cache import FullSequences, by_head
-from gptoss.backends.torch.ops import DTYPES, PackedTensor, TorchOps, from_numpy
+from gptoss.backends.torch.ops import PackedTensor, TorchOps, dtype_of, from_numpy
 from gptoss.checkpoint.open import LAYOUTS, open_checkpoint
 from gptoss.model import model, weights
 from gptoss.model.config import ModelConfig
@@ -165,7 +165,8 @@ class AttentionBlock(nn.Module):
         self.qkv = nn.Linear(D, config.qkv_size)
         self.out = nn.Linear(H * d, D)
         self.sinks = _zeros(H)
-        reset_parameters(self)
+        for own in (self.qkv, self.out):  # not ``attend``: a module there has started itself
+            reset_parameters(own)
 
     def tree(self) -> weights.Attention:
         """The parameters by the names the wiring reads."""
@@ -211,9 +212,9 @@ class MLPBlock(nn.Module):
     def tree(self) -> weights.Mixture:
         """The parameters by the names the wiring reads; a swapped part stands for its weights."""
         tree = weights.Mixture(self.norm.scale, self.gate, None, self.experts, None, None, None)
-        if isinstance(self.gate, TopKRouter):
-            tree.gate, tree.gate_bias = self.gate.weight, self.gate.bias
-        if isinstance(e := self.experts, Experts):
+        if type(gate := self.gate) is TopKRouter:  # a subclass may compute something else
+            tree.gate, tree.gate_bias = gate.weight, gate.bias
+        if type(e := self.experts) is Experts:
             tree.mlp1, tree.mlp1_bias = e.mlp1_weight, e.mlp1_bias
             tree.mlp2, tree.mlp2_bias = e.mlp2_weight, e.mlp2_bias
         return tree
@@ -278,7 +279,8 @@ class Transformer(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.unembedding = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.reset_parameters()
+        for own in (self.embedding, self.unembedding):  # the other parts have started themselves
+            reset_parameters(own)
 
     @classmethod
     def from_checkpoint(
@@ -294,10 +296,10 @@ class Transformer(nn.Module):
         ``packed``: experts that are stored as MXFP4 stay so; False decodes them, to be trained.
 
         Raises:
+            ValueError: an unknown dtype.
             CheckpointError: nothing there, or not what it claims to be.
         """
-        if isinstance(dtype, str):
-            dtype = DTYPES[dtype]
+        dtype = dtype_of(dtype)
         checkpoint = open_checkpoint(path)
         with torch.device("meta"):
             module = cls(checkpoint.config, packed=packed and checkpoint.layout.packed)
@@ -305,7 +307,9 @@ class Transformer(nn.Module):
         for spec in weights.specs(checkpoint.config):
             stored = checkpoint.read(spec.name)
             if not isinstance(stored, Packed):
-                state[spec.name] = from_numpy(stored).to(device, dtype, copy=True)
+                state[spec.name] = from_numpy(stored).to(
+                    device, dtype, copy=True, memory_format=torch.contiguous_format
+                )
                 continue
             tensor = PackedTensor(*(from_numpy(x.copy()) for x in (stored.blocks, stored.scales)))
             if module.packed:
@@ -325,7 +329,7 @@ class Transformer(nn.Module):
         return super().load_state_dict(state, strict, assign)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """A fresh start for training: see ``reset_parameters`` of this module."""
+        """A fresh start for every part, swapped ones too: the function of this name."""
         reset_parameters(self, generator)
 
     def tree(self) -> weights.Weights:
@@ -446,9 +450,10 @@ def _positions(shape: torch.Size, device: torch.device, given: Tensor | None) ->
 
 
 def _leave_experts_out(block: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """Canonical names have no ``experts.`` between ``mlp.`` and a matrix."""
-    for name in [n for n in state if n.startswith(f"{prefix}experts.")]:
-        state[prefix + name.removeprefix(f"{prefix}experts.")] = state.pop(name)
+    """Canonical names have no ``experts.`` before ``mlp1_`` and ``mlp2_``; other names stay."""
+    inside = f"{prefix}experts."
+    for name in [n for n in state if n.startswith((f"{inside}mlp1_", f"{inside}mlp2_"))]:
+        state[prefix + name.removeprefix(inside)] = state.pop(name)
 
 
 def _put_experts_in(block: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

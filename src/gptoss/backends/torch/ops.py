@@ -62,7 +62,7 @@ class TorchOps:
         home = torch.empty_like(order)
         home[order] = torch.arange(T * k, device=x.device)
         each = torch.cat(outs).index_select(0, home).view(T, k, -1) if outs else x[:, None]
-        return (each * share[..., None]).sum(dim=1)
+        return (each * share[..., None].to(each.dtype)).sum(dim=1)
 
     def reduce(self, x: Tensor) -> Tensor:
         """See ``Ops.reduce``."""
@@ -118,6 +118,14 @@ class PackedTensor(nn.Module):
             values = pairs.index_select(0, nibbles[here].flatten().int()).view(narrow)
             torch.mul(values.view(-1, BLOCK), units[exponents[here], None], out=out[here])
         return out.view(*scales.shape[:-1], -1)
+
+
+def dtype_of(name: str | torch.dtype) -> torch.dtype:
+    """The dtype to compute in, by its name or as it is."""
+    dtype = DTYPES.get(name) if isinstance(name, str) else name
+    if dtype is None or dtype not in DTYPES.values():
+        raise ValueError(f"torch computes in {', '.join(DTYPES)}, not {name}")
+    return dtype
 
 
 def wide(x: Tensor) -> Tensor:
