@@ -11,11 +11,10 @@ import ml_dtypes  # noqa: E402
 import numpy as np  # noqa: E402
 
 from gptoss.backends import load_backend  # noqa: E402
-from gptoss.backends.protocol import Batch  # noqa: E402
 from gptoss.backends.torch import ops as module  # noqa: E402
 from gptoss.backends.torch.cache import FullSequences, attend_past, attend_whole  # noqa: E402
 from gptoss.backends.torch.ops import PackedTensor, TorchOps, from_numpy, rotations  # noqa: E402
-from gptoss.errors import BackendUnavailable, ContextExceeded  # noqa: E402
+from gptoss.errors import BackendUnavailable  # noqa: E402
 from gptoss.model.mxfp4 import Packed, encode  # noqa: E402
 from gptoss.model.reference import NumpyOps, attend_row  # noqa: E402
 from gptoss.model.weights import random_weights  # noqa: E402
@@ -192,14 +191,6 @@ def test_a_wrong_dtype_or_device_is_the_callers(weights, dtype, device):
 def test_a_missing_cuda_device_is_said_in_one_sentence(weights):
     with pytest.raises(BackendUnavailable, match=r"CUDA devices on this machine\.$"):
         load_backend("torch", TINY, weights.get, device="cuda:63")
-
-
-def test_a_position_past_the_context_is_refused(weights):
-    small = replace(TINY, initial_context_length=512, rope_scaling_factor=2.0)
-    backend = load_backend("torch", small, weights.get)
-    cache = backend.new_cache(max_tokens=2000)
-    with pytest.raises(ContextExceeded, match="1024"):
-        backend.forward(Batch.of([text(1025)], [0], [cache.open()]), cache)
 
 
 @needs_cuda

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from gptoss.errors import ContextExceeded
 from gptoss.model.config import ModelConfig
 from gptoss.model.model import Trace
 
@@ -55,6 +56,22 @@ class Batch:
         return np.arange(len(self.tokens), dtype=np.int32) + np.repeat(
             self.past - self.starts[:-1], counts
         )
+
+    def check(self, config: ModelConfig) -> None:
+        """Refuse what the model has no row for: every room asks before it computes.
+
+        Raises:
+            ValueError: a token that is not in the vocabulary.
+            ContextExceeded: a position past the model's context.
+        """
+        unknown = self.tokens[(self.tokens < 0) | (self.tokens >= config.vocab_size)]
+        if len(unknown):
+            raise ValueError(f"token {unknown[0]} is not in 0..{config.vocab_size - 1}")
+        last = int(self.positions.max(initial=-1))
+        if last >= config.context_length:
+            raise ContextExceeded(
+                f"position {last} is past the model's context of {config.context_length}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +129,10 @@ class Backend(Protocol):
         """Memory for ``max_tokens`` tokens over all slots together."""
 
     def forward(self, batch: Batch, cache: Cache, trace: Trace | None = None) -> Logits:
-        """Run the batch, append to the cache, return logits [W, V] of the wanted tokens."""
+        """Run the batch, append to the cache, return logits [W, V] of the wanted tokens.
+
+        Raises what ``Batch.check`` does, and then changes nothing.
+        """
 
     def sample(
         self, logits: Logits, rules: Sequence[Sampling], uniforms: Sequence[float]

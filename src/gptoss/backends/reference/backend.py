@@ -48,6 +48,7 @@ class ReferenceBackend:
     def forward(self, batch: Batch, cache: Cache, trace: model.Trace | None = None) -> NDArray:
         """See ``Backend.forward``."""
         assert isinstance(cache, ListCache)
+        batch.check(self.config)
         return model.forward(
             self.weights,
             batch.tokens,

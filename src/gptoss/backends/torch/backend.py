@@ -11,8 +11,8 @@ from torch import Tensor
 from gptoss.backends.protocol import Batch, Cache, Sampling
 from gptoss.backends.sampling import sample_rows
 from gptoss.backends.torch.cache import TorchCache, TorchView
-from gptoss.backends.torch.ops import DTYPES, PackedTensor, TorchOps, from_numpy
-from gptoss.errors import BackendUnavailable, ContextExceeded
+from gptoss.backends.torch.ops import PackedTensor, TorchOps, dtype_of, from_numpy
+from gptoss.errors import BackendUnavailable
 from gptoss.model import model
 from gptoss.model.config import ModelConfig
 from gptoss.model.mxfp4 import Packed
@@ -34,9 +34,7 @@ class TorchBackend:
     def __init__(
         self, config: ModelConfig, read: Read, dtype: str = "bfloat16", device: str = "cpu"
     ) -> None:
-        if dtype not in DTYPES:
-            raise ValueError(f"torch computes in {', '.join(DTYPES)}, not {dtype}")
-        self.config, self.dtype, self.device = config, DTYPES[dtype], open_device(device)
+        self.config, self.dtype, self.device = config, dtype_of(dtype), open_device(device)
         self.ops = TorchOps()
 
         def load(name: str) -> Any:
@@ -57,12 +55,8 @@ class TorchBackend:
     def forward(self, batch: Batch, cache: Cache, trace: model.Trace | None = None) -> Tensor:
         """See ``Backend.forward``."""
         assert isinstance(cache, TorchCache)
-        positions = batch.positions
-        if len(positions) and (last := int(positions.max())) >= self.config.context_length:
-            raise ContextExceeded(
-                f"position {last} is past the model's context of {self.config.context_length}"
-            )
-        ints = (batch.tokens, positions, batch.wanted)
+        batch.check(self.config)
+        ints = (batch.tokens, batch.positions, batch.wanted)
         logits: Tensor = model.forward(
             self.weights,
             *(torch.tensor(x, device=self.device) for x in ints),
