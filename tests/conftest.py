@@ -1,8 +1,16 @@
+import os
+
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from gptoss.model.config import ModelConfig
 from gptoss.model.weights import random_weights
+
+# How long an example takes depends on what else is running; only its answer is tested here.
+# CI draws the same examples every time: a change is judged by what it changed.
+settings.register_profile("untimed", deadline=None, derandomize=bool(os.environ.get("CI")))
+settings.load_profile("untimed")
 
 TINY = ModelConfig(
     num_hidden_layers=4,
