@@ -253,6 +253,52 @@ CASES = [
         "<|channel|>thinking<|message|>Hm.<|end|>",
         [said("Hm.", "thinking", R.UNKNOWN_CHANNEL)],
     ),
+    # What no header can have: it would be refused as part of the next prompt.
+    Case(
+        "a channel that cannot be written is no channel",
+        "<|channel|>comment.ary<|message|>Hi<|return|>",
+        [said("Hi", "final", R.UNWRITABLE)],
+    ),
+    Case(
+        "a channel that cannot be written is the known one it begins with",
+        "<|channel|>analysis.<|message|>Hm.<|end|>",
+        [said("Hm.", "analysis", R.UNWRITABLE)],
+    ),
+    Case(
+        "a user's channel that cannot be written",
+        "<|channel|>final<|message|>Hi<|end|><|start|>user<|channel|>a.b<|message|>More!<|end|>",
+        [said("Hi"), said("More!", None, R.FOREIGN_ROLE, R.UNWRITABLE, role="user")],
+    ),
+    Case(
+        "a recipient that cannot be written",
+        "<|channel|>commentary to=functions.f!x <|constrain|>json<|message|>{}<|call|>",
+        [call("{}", R.UNWRITABLE, to="functions.f_x")],
+    ),
+    Case(
+        "a recipient with an empty part",
+        "<|channel|>commentary to=a..b<|message|>{}<|call|>",
+        [call("{}", R.UNWRITABLE, to="a.b", kind=None)],
+    ),
+    Case(
+        "a recipient of which nothing can be written",
+        "<|channel|>commentary to=...<|message|>{}<|call|>",
+        [call("{}", R.UNWRITABLE, to=None, kind=None)],
+    ),
+    Case(
+        "a content type that cannot be written",
+        "<|channel|>final <|constrain|>text/plain<|message|>Hi<|return|>",
+        [said("Hi", "final", R.UNWRITABLE)],
+    ),
+    Case(
+        "a role with an empty name",
+        "<|channel|>final<|message|>Hi<|end|><|start|>user:<|message|>More!<|end|>",
+        [said("Hi"), said("More!", None, R.UNWRITABLE, R.FOREIGN_ROLE, role="user")],
+    ),
+    Case(
+        "a tool's answer of which only the role is there",
+        "<|channel|>final<|message|>Hi<|end|><|start|>tool<|message|>22<|end|>",
+        [said("Hi"), said("22", None, R.NO_NAME, R.FOREIGN_ROLE, role="tool", name="tool")],
+    ),
     Case(
         "<|channel|> twice",
         "<|channel|><|channel|>final<|message|>Hello<|return|>",
@@ -393,7 +439,14 @@ CASES = [
         "<|start|>tool to=assistant<|channel|>commentary<|message|>22<|end|>",
         [
             said("Hm.", "analysis"),
-            said("22", "commentary", R.NO_NAME, R.FOREIGN_ROLE, role="tool", to="assistant"),
+            said(
+                "22",
+                "commentary",
+                *(R.NO_NAME, R.FOREIGN_ROLE),
+                role="tool",
+                name="tool",
+                to="assistant",
+            ),
         ],
     ),
     Case(

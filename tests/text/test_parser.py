@@ -320,6 +320,30 @@ def test_messages_do_not_depend_on_where_the_stream_is_cut(nano, data):
     assert parser.messages == whole.messages
 
 
+def odd_headers(count, seed, tokenizer):
+    """Whole messages with headers of letters and punctuation where names belong."""
+    rng = random.Random(seed)
+    name = lambda: "".join(rng.choices("abf.:/!+-_é ", k=rng.randrange(4)))  # noqa: E731
+    starts = ["", "<|start|>", "<|start|>assistant", "<|start|>user:", "<|start|>tool"]
+    words = ["<|channel|>", " <|constrain|>", " to=", " to=functions.", " json", "final", " "]
+    for _ in range(count):
+        text = rng.choice(starts)
+        for _ in range(rng.randrange(5)):
+            text += rng.choice(words) + name()
+        yield rng.choice(["assistant", None]), encode(text + "<|message|>x<|call|>", tokenizer)
+
+
+def test_whatever_was_read_can_be_part_of_the_next_prompt(tokenizer, nano):
+    seen = set()
+    for role, tokens in [*streams(1_500, 99, tokenizer), *odd_headers(3_000, 7, tokenizer)]:
+        parser = checked(tokens, tokenizer, role)
+        seen.update(parser.repairs)
+        again = render(parser.messages, nano, keep_analysis=True)
+        reread = checked(again, nano, role=None)
+        assert [m.content for m in reread.messages] == [m.content for m in parser.messages]
+    assert {Repair.UNWRITABLE, Repair.NO_NAME} <= seen
+
+
 # --- the format's own parser
 
 

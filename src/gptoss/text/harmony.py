@@ -226,12 +226,13 @@ def with_defaults(
 ) -> list[Message]:
     """The conversation with the system and developer messages it needs in front.
 
-    A system message that is there already stays, and ``effort`` and ``current_date`` with it.
+    A ``System`` that is there already stays, and ``effort`` and ``current_date`` with it; system
+    messages that are mere text (a model wrote them) stay where they are.
     ``instructions`` and ``tools`` complete the first developer message, or make one; ValueError if
     it has its own.
     """
     turns = [as_message(message) for message in messages]
-    system = next((m for m in turns if m.role == "system"), None)
+    system = next((m for m in turns if isinstance(m.content, System)), None)
     developer = next((m for m in turns if isinstance(m.content, Developer)), None)
     content = developer.content if developer is not None else Developer()
     assert isinstance(content, Developer)

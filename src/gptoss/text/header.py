@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import cast, get_args
 
 from gptoss.text.messages import CHANNELS, Message, Role
+from gptoss.text.tools import PATH, WORD
 
 MAX_HEADER = 256  # bytes; a well-formed header stays below 180
 MAX_WORDS = 6  # assistant to=... commentary to=... json, and one to spare
@@ -44,6 +45,7 @@ class Repair(StrEnum):
     SPELLED = "special token spelled as text in a header"
     GLUED = "glued header words"
     UNKNOWN_WORD = "unknown header word"
+    UNWRITABLE = "name that no header can have"
     NO_TO = "recipient without to="
     TWO_RECIPIENTS = "two recipients"
     NO_NAME = "tool answer without the tool's name"
@@ -159,11 +161,15 @@ class Reading:
         return said != (None,) * 5
 
     def message(self, expected: Role | None) -> Message:
-        """The message so far. Fills in what was left out, reports what is odd about the whole."""
+        """The message so far. Fills in what was left out, reports what is odd about the whole.
+
+        Whatever it read, ``harmony.render`` can write: the message may be part of the next prompt.
+        """
         header, odd = self._header, self.repairs
         if not (header.started or header.prefilled or Repair.NO_HEADER in odd):
             odd.append(Repair.NO_START)
         role, channel, content_type = self.role, self.channel, self.content_type
+        name, recipient = self._writable(self.name), self._writable(self.recipient)
         if role is None and self.name:
             role = "tool" if self.recipient or self._is_function(self.name) else "assistant"
             if not self.recipient:
@@ -174,11 +180,17 @@ class Reading:
                 odd.append(Repair.NO_ROLE)
         elif role == "tool":
             odd.append(Repair.NO_NAME)
+        if role == "tool":
+            name = name or "tool"  # its header then reads as the model wrote it
         if expected not in (None, role):
             odd.append(Repair.FOREIGN_ROLE)
-        call = role == "assistant" and (self.recipient or "").startswith("functions.")
-        if role == "assistant" and channel is None:
-            channel = "commentary" if self.recipient else "final"
+        call = role == "assistant" and (recipient or "").startswith("functions.")
+        if channel is not None and not WORD.fullmatch(channel):
+            odd.append(Repair.UNWRITABLE)
+            spoken = ("commentary" if recipient else "final") if role == "assistant" else None
+            channel = next((known for known in CHANNELS if channel.startswith(known)), spoken)
+        elif role == "assistant" and channel is None:
+            channel = "commentary" if recipient else "final"
             if Repair.NO_HEADER not in odd:
                 odd.append(Repair.NO_CHANNEL)
         elif channel not in (None, *CHANNELS):
@@ -188,16 +200,27 @@ class Reading:
         if call and content_type == "code":
             content_type = "json"
             odd.append(Repair.CODE_FOR_JSON)
-        elif content_type and not self._constrained and (call or not self.recipient):
+        elif content_type and not WORD.fullmatch(content_type):
+            content_type = None
+            odd.append(Repair.UNWRITABLE)
+        elif content_type and not self._constrained and (call or not recipient):
             odd.append(Repair.NO_CONSTRAIN)
         return Message(
             role=role,
             content="",
-            name=self.name,
+            name=name,
             channel=channel,
-            recipient=None if self.recipient == "all" else self.recipient,
+            recipient=None if recipient == "all" else recipient,
             content_type=content_type,
         )
+
+    def _writable(self, name: str | None) -> str | None:
+        """A name as a header can have it, None if nothing of it is left."""
+        if name is None or PATH.fullmatch(name):
+            return name
+        self.repairs.append(Repair.UNWRITABLE)
+        parts = re.sub(r"[^A-Za-z0-9_.-]+", "_", name).split(".")
+        return ".".join(part[:64] for part in parts if part) or None
 
     def _take(self, kind: str, word: bytes, author: bool) -> int:
         """Read one word; how many of its bytes are header."""
