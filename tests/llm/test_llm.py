@@ -210,6 +210,11 @@ def test_another_models_vocabulary_is_refused(tmp_path):
         LLM.load(write_toy(tmp_path / "b", tokenizer=strange))
 
 
+def test_a_vocabulary_far_smaller_than_the_models_is_refused(tmp_path):
+    with pytest.raises(TokenizerError, match="does not match the vocabulary.*265.*5000"):
+        LLM.load(write_toy(tmp_path, config=replace(CONFIG, vocab_size=5000)))
+
+
 def test_a_small_model_without_a_vocabulary_is_refused(tmp_path):
     path = write_toy(tmp_path)
     (path / "tokenizer.json").unlink()

@@ -1,6 +1,7 @@
 import importlib.util
-from dataclasses import replace
+from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 
 from gptoss import LLM
@@ -44,6 +45,20 @@ def test_packed_experts_are_a_quarter_of_bfloat16():
     assert wide == 2 * (dense + experts) == pytest.approx(41.8 * GB, rel=0.01)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_what_the_reference_holds_of_a_small_model_is_in_the_plan(toy, dtype, tmp_path):
+    def held(part):
+        if isinstance(part, np.ndarray):
+            return part.nbytes
+        if isinstance(part, list | tuple):
+            return sum(map(held, part))
+        return sum(held(getattr(part, field.name)) for field in fields(part))
+
+    for model in (write_toy(tmp_path, config=nano()), toy):
+        loaded = LLM.load(model, "reference", dtype)
+        assert loaded.plan.needs.weights >= held(loaded.tokens.engine.backend.weights) > 0
+
+
 def test_a_tiny_model_runs_on_numpy_and_a_large_one_on_torch(monkeypatch):
     monkeypatch.setattr(plan, "_free", lambda device: None)
     assert plan.choose(nano(), "auto", None)[:2] == ("reference", "cpu")
@@ -64,6 +79,7 @@ def test_a_tiny_model_runs_on_numpy_and_a_large_one_on_torch(monkeypatch):
         {"backend": "tpu"},
         {"dtype": "float16"},
         {"device": "cuda", "backend": "reference"},
+        {"dtype": "bfloat16", "backend": "reference"},
         {"max_tokens": 0},
         {"max_tokens": 2049},
     ],
@@ -181,7 +197,9 @@ def test_a_path_is_itself_and_nano_is_in_the_package(toy):
     assert models.resolve("nano").parent.name == "assets"
 
 
-@pytest.mark.parametrize("name", ["nosuch", "./no/such", "a/b/c", "", "../x"])
+@pytest.mark.parametrize(
+    "name", ["nosuch", "./no/such", "a/b/c", "", "../x", "~nosuchuser/x/y", "x" * 5000]
+)
 def test_what_is_no_model_is_said_in_a_sentence(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(GptOssError):
@@ -232,6 +250,17 @@ def test_only_the_files_that_are_needed_are_asked_for(toy, monkeypatch):
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot)
     assert models.resolve("org/toy") == toy
+
+
+@pytest.mark.parametrize("error", [ValueError("a file, not a directory"), PermissionError()])
+def test_a_cache_that_cannot_be_read_has_nothing(monkeypatch, error):
+    hub = pytest.importorskip("huggingface_hub")
+
+    def scan():
+        raise error
+
+    monkeypatch.setattr(hub, "scan_cache_dir", scan)
+    assert models._cached() == {}
 
 
 def test_what_lies_around_is_found(tmp_path, monkeypatch):

@@ -165,7 +165,7 @@ class Generator:
             return f"the prompt has {length} tokens, more than the model's context of {context}"
         return (
             f"the prompt has {length} tokens, more than the {self.max_tokens} there is room for; "
-            f"raise max_tokens (the model's context is {context})"
+            f"raise max_tokens (--context); the model's context is {context}"
         )
 
 

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,9 +33,10 @@ def resolve(model: str | Path) -> Path:
     """
     if model == "nano":
         return NANO
-    path = Path(model).expanduser()
-    if path.exists():
-        return path
+    with suppress(RuntimeError, OSError):  # nobody's home; a name too long for any file
+        path = Path(model).expanduser()
+        if path.exists():
+            return path
     name = PUBLISHED.get(str(model), str(model))
     if HUB_ID.fullmatch(name):
         return _download(name)
@@ -67,7 +69,7 @@ def _cached() -> dict[str, Path]:
         return {}
     try:
         repos = scan_cache_dir().repos
-    except CacheNotFound:
+    except (CacheNotFound, ValueError, OSError):  # none, or none that can be read
         return {}
     models = {}
     for repo in sorted(repos, key=lambda r: r.repo_id):

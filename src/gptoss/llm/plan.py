@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptoss.backends import NAMES
+from gptoss.backends.reference.backend import SMALL
 from gptoss.checkpoint.open import Checkpoint
 from gptoss.engine.generate import STEP_TOKENS
 from gptoss.errors import GptOssError
@@ -90,9 +91,13 @@ def make_plan(
     kind = dtype or ("float32" if chosen == "reference" else "bfloat16")
     if kind not in BYTES:
         raise ValueError(f"unknown dtype {kind!r}; one of {', '.join(BYTES)}")
+    if chosen == "reference" and kind == "bfloat16":
+        raise ValueError("the reference computes in float32 or float64, not bfloat16")
     room = min(ROOM, config.context_length) if max_tokens is None else max_tokens
     if not 1 <= room <= config.context_length:
-        raise ValueError(f"max_tokens must be in 1..{config.context_length}, not {room}")
+        raise ValueError(
+            f"max_tokens (--context) must be in 1..{config.context_length}, not {room}"
+        )
     return Plan(
         path=checkpoint.path,
         layout=checkpoint.layout.name,
@@ -137,11 +142,14 @@ def choose(config: ModelConfig, backend: str, device: str | None) -> tuple[str, 
 def estimate(
     config: ModelConfig, backend: str, dtype: str, max_tokens: int, *, packed: bool = True
 ) -> Needs:
-    """Memory by the shapes alone. Experts stay as stored; the rest is in the compute dtype."""
+    """Memory by the shapes alone. Experts stay as stored, except that the reference widens those
+    of a small model; the rest is in the compute dtype.
+    """
     c, width, step = config, BYTES[dtype], min(STEP_TOKENS, max_tokens)
     numpy = backend == "reference"
-    expert_width = 17 / 32 if packed else 2  # as stored, in every room
     dense, experts = counts(config)
+    widened = numpy and experts * width <= SMALL
+    expert_width = width if widened else 17 / 32 if packed else 2
     held = [
         max_tokens
         if numpy or (window := c.window(i)) is None  # the reference forgets nothing

@@ -21,6 +21,7 @@ from gptoss.text.tokenizer import Tokenizer
 
 O200K_SIZE = 201_088
 NEEDED = ("start", "end", "message", "channel", "constrain", "return", "call", "endoftext")
+PADDING = 2048  # ids without a token that are no surprise, even in a small vocabulary
 RESERVED = re.compile(r"<\|reserved_\d+\|>")
 Progress = Callable[[int, int], None]  # tensors loaded, tensors in all
 Announce = Callable[[Plan], None]
@@ -29,7 +30,7 @@ Announce = Callable[[Plan], None]
 class TokenGenerator:
     """``TokenGenerator(dir).generate(tokens)``.
 
-    Ids that no token has, and the reserved ones at the end of the vocabulary, are never drawn.
+    The end of the vocabulary, ids of no token or of reserved ones only, is never drawn.
     """
 
     def __init__(
@@ -168,6 +169,11 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
         raise TokenizerError(
             f"{path}: does not match the vocabulary of the model: it has ids up to "
             f"{tokenizer.vocab_size - 1}, but vocab_size is {size}"
+        )
+    if size - tokenizer.vocab_size > max(PADDING, size // 2):
+        raise TokenizerError(
+            f"{path or checkpoint.path}: does not match the vocabulary of the model: it has "
+            f"{tokenizer.vocab_size} ids, but vocab_size is {size}"
         )
     if lacking := [n for n in NEEDED if f"<|{n}|>" not in tokenizer.specials]:
         raise TokenizerError(
