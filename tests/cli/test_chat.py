@@ -237,13 +237,6 @@ def test_a_file_of_answers_has_no_prompts(toy, tmp_path):
     assert (tmp_path / "answers").read_bytes() == b""
 
 
-def test_what_is_typed_that_is_not_utf8_ends_it_in_a_sentence(toy):
-    terminal = Terminal("chat", toy, "-q", "-l", "4")
-    os.write(terminal.master, b"caf\xe9\n")
-    terminal.expect("gptoss: stdin: not UTF-8")
-    assert terminal.end() == 1
-
-
 def test_thoughts_reach_the_terminal_as_they_are(monkeypatch):
     class Tty(io.StringIO):
         def isatty(self):

@@ -173,3 +173,23 @@ def test_too_little_memory_is_said_before_loading(gptoss_, toy, monkeypatch):
 def test_a_model_that_is_not_here_cannot_be_fetched_offline(tmp_path):
     answer = run("generate", "nobody/nothing", "-p", "x", env={"HF_HOME": str(tmp_path)})
     assert "nobody/nothing: cannot be downloaded" in sentence(answer)
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch has it."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_memory_that_runs_out_is_said(gptoss_, toy, monkeypatch, error):
+    def load(*args, **options):
+        raise error
+
+    monkeypatch.setattr("gptoss.cli.options.load", load)
+    assert "no more memory" in sentence(gptoss_("generate", toy, "-p", "x"))

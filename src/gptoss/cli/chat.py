@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 
 from gptoss.cli import options
-from gptoss.cli.endings import usage
-from gptoss.cli.terminal import Screen, decoded
+from gptoss.cli.terminal import Screen, decoded, typed
 from gptoss.errors import ContextExceeded
 
 if TYPE_CHECKING:
@@ -47,17 +46,11 @@ def run(
     quiet: options.Quiet = False,
 ) -> None:
     """Talk with the model. Ctrl-C stops an answer, Ctrl-D ends the conversation."""
+    how = options.drawing(temperature, limit, top_k, top_p, min_p, seed)
+    if instructions is not None:
+        instructions = typed(instructions, "--instructions")
     llm = options.load(model, backend, dtype, device, context, force=force, quiet=quiet)
-    how: Options = {
-        "temperature": temperature,
-        "max_tokens": limit,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "seed": seed,
-    }
-    with usage():
-        chat = Chat(llm, effort, instructions, how)
+    chat = Chat(llm, effort, instructions, how)
     if sys.stdin.isatty() and not quiet:
         chat.screen.note(HELP)
     while (line := ask(chat.screen)) is not None:
@@ -84,7 +77,7 @@ class Chat:
         if not word:
             return True
         if not word.startswith("/") or word.startswith("//"):
-            self.answer(line.removeprefix("/") if word.startswith("//") else line)
+            self.answer(line.lstrip().removeprefix("/") if word.startswith("//") else line)
         elif word == "/effort" and argument in get_args(options.Level):
             self.effort = argument  # type: ignore[assignment]
         elif word == "/reset":
@@ -110,6 +103,8 @@ class Chat:
                 **self.how,
             )
         except ContextExceeded as error:
+            if not sys.stdin.isatty():
+                raise
             self.screen.note(f"{error}; /reset forgets all")
             return
         try:
@@ -142,7 +137,9 @@ def ask(screen: Screen) -> str | None:
         import readline  # noqa: F401  (it gives input() history and editing)
     for chance in (1, 2):
         try:
-            return input("> ")
+            if not sys.stdout.isatty():  # answers go to a file: the prompt is not one
+                print("> ", end="", file=sys.stderr, flush=True)
+            return typed(input("> " if sys.stdout.isatty() else ""), "stdin")
         except EOFError:
             screen.end()
             print(file=sys.stderr)

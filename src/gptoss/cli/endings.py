@@ -12,6 +12,8 @@ import typer
 from gptoss.errors import GptOssError
 
 P = ParamSpec("P")
+FULL = "the system has no more memory to give"
+_CPU_FULL = "can't allocate memory"  # torch's words; on a GPU it raises OutOfMemoryError
 
 
 def guarded(run: Callable[P, None]) -> Callable[P, None]:
@@ -31,7 +33,11 @@ def guarded(run: Callable[P, None]) -> Callable[P, None]:
         except GptOssError as error:
             raise _failed(str(error)) from None
         except MemoryError:
-            raise _failed("the system has no more memory to give") from None
+            raise _failed(FULL) from None
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError" and _CPU_FULL not in str(error):
+                raise
+            raise _failed(FULL) from None
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             raise _failed(f"{where}{error.strerror or error}") from None

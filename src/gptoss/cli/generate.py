@@ -16,7 +16,7 @@ import typer
 
 from gptoss.cli import options
 from gptoss.cli.endings import usage
-from gptoss.cli.terminal import Screen, decoded, shown
+from gptoss.cli.terminal import Screen, decoded, shown, typed
 
 if TYPE_CHECKING:
     from gptoss.llm import LLM
@@ -51,16 +51,9 @@ def run(
     quiet: options.Quiet = False,
 ) -> None:
     """Answer a prompt: thoughts on stderr, the answer on stdout."""
+    how = options.drawing(temperature, limit, top_k, top_p, min_p, seed)
     text = read_prompt(prompt)
     llm = options.load(model, backend, dtype, device, context, force=force, quiet=quiet)
-    how: Options = {
-        "temperature": temperature,
-        "max_tokens": limit,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "seed": seed,
-    }
     if raw or logprobs:
         with usage():
             tokens = prompt_tokens(llm, text, None if raw else effort)
@@ -78,7 +71,7 @@ def read_prompt(given: str | None) -> str:
         text = decoded(sys.stdin.buffer.read(), "stdin").removesuffix("\n")
     else:
         assert given is not None
-        text = decoded(given.encode("utf-8", "surrogateescape"), "--prompt")
+        text = typed(given, "--prompt")
     if not text:
         raise typer.BadParameter("the prompt is empty")
     return text

@@ -1,7 +1,7 @@
 """``gptoss COMMAND``: dispatch, and nothing else.
 
 Exit status: 0 fine, 1 the world is wrong (files, memory, network), 2 the command line is wrong,
-130 interrupted, 141 nobody reads our output any more.
+130 interrupted, 141 nobody reads our output any more (1, where that output is --help's).
 """
 
 from typing import Annotated

@@ -12,6 +12,7 @@ from gptoss.cli.terminal import bar
 
 if TYPE_CHECKING:
     from gptoss.llm import LLM
+    from gptoss.llm.llm import Options
 
 Model = Annotated[
     str,
@@ -50,6 +51,26 @@ MinP = Annotated[
 Seed = Annotated[
     int | None, typer.Option(min=0, help="the same seed gives the same answer", show_default=False)
 ]
+
+
+def drawing(
+    temperature: float, limit: int | None, top_k: int, top_p: float, min_p: float, seed: int | None
+) -> Options:
+    """How to draw, checked: a slip must not wait for a large model to be loaded."""
+    from gptoss.backends.protocol import Sampling
+    from gptoss.engine import uniform
+
+    with usage():
+        Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        uniform(seed or 0, 0)
+    return {
+        "temperature": temperature,
+        "max_tokens": limit,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "seed": seed,
+    }
 
 
 def load(

@@ -29,7 +29,7 @@ class Screen:
         if sys.stderr.isatty():  # only then does rich have anything to do
             from rich.console import Console
 
-            self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+            self._console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
     def show(self, delta: Delta) -> None:
         """A piece of a message."""
@@ -38,7 +38,7 @@ class Screen:
             self._section = delta.message_index
             if delta.channel != "final":
                 to = f" to={delta.recipient}" if delta.recipient else ""
-                self._aside(f"[{delta.channel}{to}] ", delta.channel)
+                self._aside(f"[{delta.channel or delta.role}{to}] ", delta.channel)
         if delta.channel == "final":
             self.say(delta.text)
         else:
@@ -84,6 +84,11 @@ def decoded(raw: bytes, origin: str) -> str:
             f"{origin}: not UTF-8 text: byte {error.start} is 0x{raw[error.start]:02x}. Convert "
             "it, for example with iconv."
         ) from None
+
+
+def typed(text: str, origin: str) -> str:
+    """Text of the command line or the keyboard. Raises GptOssError if it was not UTF-8."""
+    return decoded(text.encode("utf-8", "surrogateescape"), origin)
 
 
 @contextmanager
