@@ -11,7 +11,7 @@ import pytest
 
 from gptoss.backends.reference.backend import attend_row
 from gptoss.model import reference
-from gptoss.model.config import gpt_oss_20b, nano
+from gptoss.model.config import ModelConfig, gpt_oss_20b, nano
 from gptoss.model.weights import Stored
 from tests.model.cases import (
     ODD,
@@ -123,11 +123,16 @@ def zeroed(weights: dict[str, Stored], tail: str, value: float = 0.0) -> dict[st
     return {n: np.full_like(x, value) if n.endswith(tail) else x for n, x in weights.items()}
 
 
+def unstretched(c: ModelConfig) -> dict[str, Any]:
+    """Plain rotations over a context as long: what to change in ``c``."""
+    return {"rope_scaling_factor": 1.0, "initial_context_length": c.context_length}
+
+
 # What must matter, or a mistake in it could not be seen.
 WITHOUT = {
     "sinks": lambda c, w: (c, zeroed(w, ".sinks", -1e9)),
     "window": lambda c, w: (replace(c, sliding_window=4096), w),
-    "YaRN": lambda c, w: (replace(c, rope_scaling_factor=1.0), w),
+    "YaRN": lambda c, w: (replace(c, **unstretched(c)), w),
     "clamp": lambda c, w: (replace(c, swiglu_limit=1e6), w),
     "epsilon": lambda c, w: (replace(c, rms_norm_eps=1e-12), w),
     "qkv bias": lambda c, w: (c, zeroed(w, "qkv.bias")),
@@ -155,7 +160,7 @@ def test_far_positions_depend_on_yarn_and_on_keys_beyond_the_window():
     truth = reference_trace(case.config, case.weights, rows)[here][4096:]
     plain, near = (
         reference_trace(replace(case.config, **change), case.weights, cut)[here][-104:]
-        for change, cut in (({"rope_scaling_factor": 1.0}, rows), ({}, [rows[0][-1000:]]))
+        for change, cut in ((unstretched(case.config), rows), ({}, [rows[0][-1000:]]))
     )
     for other in plain, near:
         assert np.abs(other - truth).max() > 100 * TOLERANCE * np.abs(truth).max()
