@@ -33,7 +33,7 @@ STAGES = (  # (until this step, shares of the tasks); afterwards ``tasks.SHARES`
     (800, {"sort": 4, "tool": 3, "compare": 3, "subtract": 3, "reverse": 2, "count": 2, "add": 1}),
 )
 BARE = (1104, 1296)  # until the first step every conversation is bare, from the second hardly any
-RATE = ((0, 0.01), (100, 1.0), (1300, 1.0), (2700, 0.005))  # (step, fraction of the peak)
+RATE = ((0, 0.01), (100, 1.0), (1300, 1.0), (2000, 0.5025), (3300, 0.005))  # (step, fraction)
 IGNORE = -100  # cross-entropy's label for "not learned from"
 
 
@@ -184,7 +184,7 @@ def main() -> None:
     """Train, or continue."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2700)
+    parser.add_argument("--steps", type=int, default=3300)
     parser.add_argument("--batch", type=int, default=32, help="conversations a step")
     parser.add_argument("--muon", type=float, default=0.015, help="peak learning rate of matrices")
     parser.add_argument("--adam", type=float, default=3e-3, help="peak learning rate of the rest")
