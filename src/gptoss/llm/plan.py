@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptoss.backends import NAMES
-from gptoss.backends.reference.backend import SMALL
 from gptoss.checkpoint.open import Checkpoint
 from gptoss.engine.generate import STEP_TOKENS
 from gptoss.errors import GptOssError
@@ -145,6 +144,8 @@ def estimate(
     """Memory by the shapes alone. Experts stay as stored, except that the reference widens those
     of a small model; the rest is in the compute dtype.
     """
+    from gptoss.backends.reference.backend import SMALL  # the room is opened only when asked
+
     c, width, step = config, BYTES[dtype], min(STEP_TOKENS, max_tokens)
     numpy = backend == "reference"
     dense, experts = counts(config)
