@@ -31,7 +31,7 @@ from gptoss.checkpoint.synthesize import synthesize
 synthesize(replace(PRESETS["{preset}"](), num_hidden_layers={layers}), Path("{source}"))
 """
 OPEN = """
-from gptoss.checkpoint import open_checkpoint
+from gptoss.checkpoint.open import open_checkpoint
 assert open_checkpoint(Path("{source}")).tensors
 """
 OPEN_OFFICIAL = """
