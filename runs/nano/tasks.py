@@ -5,9 +5,8 @@ follows the reasoning effort (low: the bare steps; medium: the steps named; high
 then checked another way), then the answer. An analysis begins by writing the problem down in a
 fixed width, so that every later step finds its digits at the same distance.
 
-Problems are drawn from a ``random.Random``; a problem
-belongs to the held-out set if a hash of its question's numbers or words says so, so that training
-never sees one, under any wording.
+Problems are drawn from a ``random.Random``; a problem belongs to the held-out set if a hash of its
+question's numbers or words says so, so that training never sees one, under any wording.
 """
 
 import hashlib

@@ -212,11 +212,10 @@ def main() -> None:
     data = batches(tokenizer, args.batch, args.seed)
     for _ in range(first):
         next(data)
-    peaks = [tool.param_groups[0]["lr"] for tool in tools] if first == 0 else [args.muon, args.adam]
     log, started, seen = (args.out / "log.jsonl").open("a"), time.perf_counter(), 0
     for step in range(first, args.steps):
         tokens, labels = next(data)
-        for tool, peak in zip(tools, peaks, strict=True):
+        for tool, peak in zip(tools, (args.muon, args.adam), strict=True):
             tool.param_groups[0]["lr"] = peak * schedule(step)
             tool.zero_grad()
         loss, total = loss_of(model, tokens, labels, balance=0.01)
