@@ -1,10 +1,11 @@
 """Opening a room on a machine that lacks what it needs."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from gptoss.backends import load_backend
+from gptoss.backends import has_native, load_backend
 from gptoss.errors import BackendUnavailable
 
 
@@ -42,6 +43,76 @@ def test_a_missing_torch_is_told_with_what_to_install(broken, monkeypatch, tiny,
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(BackendUnavailable, match=r"pip install 'gptoss\[torch\]'"):
         load_backend("torch", tiny, weights.get)
+
+
+@pytest.fixture
+def native(monkeypatch):
+    """A function that puts a module, or an error of importing it, in place of the native room."""
+
+    def put(found):
+        class Room:
+            def find_spec(self, name, path=None, target=None):
+                if name == "gptoss.backends.native":
+                    raise found
+
+        monkeypatch.delitem(sys.modules, "gptoss.backends.native", raising=False)
+        monkeypatch.delattr("gptoss.backends.native", raising=False)
+        if isinstance(found, ImportError):
+            monkeypatch.setattr(sys, "meta_path", [Room(), *sys.meta_path])
+        else:
+            monkeypatch.setitem(sys.modules, "gptoss.backends.native", found)
+
+    return put
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (ModuleNotFoundError("No module", name="gptoss._core"), "this installation lacks"),
+        (ImportError("cannot import name '_core'", name="gptoss"), "this installation lacks"),
+        (ImportError("undefined symbol: x", name="gptoss._core"), "importing it fails: undefined"),
+    ],
+)
+def test_a_missing_core_is_told_with_what_to_install(native, tiny, weights, error, said):
+    native(error)
+    assert not has_native()
+    with pytest.raises(BackendUnavailable, match=f"compiled core.*{said}"):
+        load_backend("native", tiny, weights.get)
+
+
+def test_a_fault_of_the_native_room_is_not_put_on_the_core(native, tiny, weights):
+    native(ModuleNotFoundError("No module", name="gptoss.backends.native.part"))
+    with pytest.raises(ModuleNotFoundError):
+        load_backend("native", tiny, weights.get)
+
+
+def test_precision_and_threads_reach_the_native_room(native, tiny, weights):
+    native(SimpleNamespace(NativeBackend=lambda *args, **options: (args, options)))
+    assert has_native()
+    read = weights.get
+    for given, options in [
+        ({}, {"precision": "fast", "threads": None}),
+        ({"precision": "exact", "threads": 2}, {"precision": "exact", "threads": 2}),
+    ]:
+        assert load_backend("native", tiny, read, **given) == ((tiny, read), options)
+
+
+@pytest.mark.parametrize(
+    "name, wrong, said",
+    [
+        ("native", {"dtype": "float32"}, "takes no dtype"),
+        ("native", {"precision": "finest"}, "one of exact, fast"),
+        ("native", {"threads": 0}, "at least 1"),
+        ("native", {"device": "cuda"}, "on the cpu"),
+        ("reference", {"precision": "exact"}, "reference backend takes no precision"),
+        ("torch", {"precision": "fast"}, "torch backend takes no precision"),
+        ("torch", {"threads": 2}, "threads"),
+        ("tpu", {}, "one of reference, native, torch"),
+    ],
+)
+def test_an_option_of_another_room_is_refused(tiny, weights, name, wrong, said):
+    with pytest.raises(ValueError, match=said):
+        load_backend(name, tiny, weights.get, **wrong)
 
 
 def test_a_fault_of_our_own_is_not_put_on_torch(monkeypatch, tiny, weights):

@@ -1,7 +1,12 @@
 import pytest
 
 from gptoss import LLM
+from gptoss.backends import has_native
 from tests.llm.toy import write_toy
+
+needs_native = pytest.mark.skipif(
+    not has_native(), reason="gptoss was installed without its compiled core"
+)
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,9 @@ import pytest
 from gptoss import LLM
 from gptoss.checkpoint.open import open_checkpoint
 from gptoss.errors import GptOssError
-from gptoss.llm import memory, models, plan
+from gptoss.llm import memory, models, needs, plan
 from gptoss.model.config import gpt_oss_20b, gpt_oss_120b, nano
+from tests.llm.conftest import needs_native
 from tests.llm.toy import write_toy
 
 GB = 1e9
@@ -21,27 +22,28 @@ GB = 1e9
     "config, weights", [(gpt_oss_20b(), 13.76 * GB), (gpt_oss_120b(), 65.24 * GB)]
 )
 def test_bfloat16_weights_take_what_they_take_on_disk(config, weights):
-    needs = plan.estimate(config, "torch", "bfloat16", 16_384)
-    assert needs.weights == pytest.approx(weights, rel=0.002)
-    assert needs.working < 1.5 * GB
+    taken = needs.estimate(config, "torch", "bfloat16", 16_384)
+    assert taken.weights == pytest.approx(weights, rel=0.002)
+    assert taken.working < 1.5 * GB
+    assert needs.estimate(config, "native", "exact", 16_384).weights == taken.weights
 
 
 @pytest.mark.parametrize("config, cache", [(gpt_oss_20b(), 3.22 * GB), (gpt_oss_120b(), 4.84 * GB)])
 def test_sliding_layers_keep_their_window_only(config, cache):
-    assert plan.estimate(config, "torch", "bfloat16", 131_072).cache == pytest.approx(
+    assert needs.estimate(config, "torch", "bfloat16", 131_072).cache == pytest.approx(
         cache, rel=0.01
     )
-    reference = plan.estimate(config, "reference", "float32", 131_072)
+    reference = needs.estimate(config, "reference", "float32", 131_072)
     assert reference.cache == pytest.approx(4 * cache, rel=0.01)  # all layers, float32
 
 
 def test_20b_fits_a_machine_of_16_gb():
-    assert plan.estimate(gpt_oss_20b(), "torch", "bfloat16", 16_384).total < 16 * GB
+    assert needs.estimate(gpt_oss_20b(), "torch", "bfloat16", 16_384).total < 16 * GB
 
 
 def test_packed_experts_are_a_quarter_of_bfloat16():
-    dense, experts = plan.counts(gpt_oss_20b())
-    wide = plan.estimate(gpt_oss_20b(), "torch", "bfloat16", 64, packed=False).weights
+    dense, experts = needs.counts(gpt_oss_20b())
+    wide = needs.estimate(gpt_oss_20b(), "torch", "bfloat16", 64, packed=False).weights
     assert wide == 2 * (dense + experts) == pytest.approx(41.8 * GB, rel=0.01)
 
 
@@ -59,18 +61,113 @@ def test_what_the_reference_holds_of_a_small_model_is_in_the_plan(toy, dtype, tm
         assert loaded.plan.needs.weights >= held(loaded.tokens.engine.backend.weights) > 0
 
 
-def test_a_tiny_model_runs_on_numpy_and_a_large_one_on_torch(monkeypatch):
-    monkeypatch.setattr(plan, "_free", lambda device: None)
-    assert plan.choose(nano(), "auto", None)[:2] == ("reference", "cpu")
-    assert plan.choose(gpt_oss_20b(), "auto", None)[:2] == ("torch", "cpu")
-    monkeypatch.setattr(plan, "_free", lambda device: 80 * GB)
-    assert plan.choose(nano(), "auto", None)[:2] == ("reference", "cpu")
-    assert plan.choose(gpt_oss_20b(), "auto", None)[:2] == ("torch", "cuda")
-    assert plan.choose(gpt_oss_20b(), "auto", "cpu")[:2] == ("torch", "cpu")
+def test_fast_rounds_the_matrices_that_every_token_passes_through():
+    c = gpt_oss_20b()
+    exact, fast = (needs.estimate(c, "native", p, 16_384) for p in ("exact", "fast"))
+    assert exact.weights - fast.weights == pytest.approx(1.216e9 * (2 - 17 / 16), rel=0.01)
+    assert (exact.cache, exact.working) == (fast.cache, fast.working)
+    loose = needs.estimate(c, "native", "fast", 16_384, packed=False)
+    assert loose.weights > 2.9 * fast.weights
+
+
+def test_a_native_sliding_layer_holds_its_window_and_a_chunk():
+    c = gpt_oss_20b()
+    short, long = (needs.estimate(c, "native", "fast", n).cache for n in (640, 131_072))
+    a_token = 24 * 2 * 8 * 64 * 2  # bytes over all layers
+    assert short == 640 * a_token
+    assert long == (640 + 131_072) * a_token // 2
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A function that says what the machine has."""
+
+    def has(*, gpu=False, core=False, torch=True):
+        monkeypatch.setattr(plan, "_gpu", lambda: gpu and torch)
+        monkeypatch.setattr(plan, "has_native", lambda: core)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: torch or None)
+
+    return has
+
+
+@pytest.mark.parametrize(
+    "has, tiny, large",
+    [
+        ({}, "reference", "torch"),
+        ({"torch": False}, "reference", "reference"),
+        ({"core": True}, "native", "native"),
+        ({"core": True, "torch": False}, "native", "native"),
+        ({"gpu": True}, "reference", "torch cuda"),
+        ({"gpu": True, "core": True}, "native", "torch cuda"),
+    ],
+)
+def test_what_runs_a_model_follows_from_the_machine(machine, has, tiny, large):
+    machine(**has)
+    for config, expected in ((nano(), tiny), (gpt_oss_20b(), large)):
+        chosen, device, why = plan.choose(config, "auto", None)
+        assert f"{chosen} {device}".removesuffix(" cpu") == expected
+        assert ("no compiled core" in why) == (not has.get("core") and device == "cpu")
+
+
+def test_what_is_asked_for_decides(machine):
+    machine(gpu=True, core=True)
+    c = gpt_oss_20b()
+    assert plan.choose(c, "auto", "cpu")[:2] == ("native", "cpu")
+    assert plan.choose(c, "auto", "cpu", dtype="float32")[:2] == ("torch", "cpu")
+    assert plan.choose(c, "auto", None, native=True)[:2] == ("native", "cpu")
+    assert plan.choose(c, "torch", None)[:2] == ("torch", "cuda")
     assert plan.choose(nano(), "auto", "cuda")[:2] == ("torch", "cuda")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    chosen, _, why = plan.choose(gpt_oss_20b(), "auto", None)
-    assert chosen == "reference" and "not installed" in why
+    assert plan.choose(nano(), "auto", None, dtype="float64")[:2] == ("reference", "cpu")
+    for backend in ("reference", "native", "torch"):
+        assert plan.choose(c, backend, "cpu") == (backend, "cpu", "as asked")
+
+
+def test_torch_is_not_asked_for_a_gpu_where_no_driver_is(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr(plan, "_free", lambda device: 80 * GB)
+    monkeypatch.setattr(plan, "DRIVERS", [tmp_path / "none", tmp_path])
+    assert plan._gpu()
+    monkeypatch.setattr(plan, "DRIVERS", [tmp_path / "none"])
+    assert not plan._gpu()
+
+
+def test_native_is_fast_unless_the_model_is_tiny(toy, machine, monkeypatch):
+    machine(core=True)
+    opened = open_checkpoint(toy)
+    made = plan.make_plan(opened)
+    assert (made.backend, made.precision, made.dtype) == ("native", "exact", None)
+    assert "native backend in exact precision (weights as published) on cpu" in str(made)
+    monkeypatch.setattr(plan, "TINY", 0)
+    made = plan.make_plan(opened, threads=3)
+    assert (made.precision, made.threads) == ("fast", 3)
+    assert "fast precision (dense matrices in 8 bits) on cpu with 3 threads" in str(made)
+    assert plan.make_plan(opened, precision="exact").needs.weights > made.needs.weights
+
+
+def test_the_plan_reaches_the_native_room(toy, machine, monkeypatch):
+    machine(core=True)
+    asked = []
+
+    def load_backend(name, config, read, **options):
+        asked.append((name, options))
+        raise GptOssError("enough")
+
+    monkeypatch.setattr("gptoss.llm.tokens.load_backend", load_backend)
+    with pytest.raises(GptOssError, match="enough"):
+        LLM.load(toy, precision="fast", threads=2)
+    options = {"dtype": None, "device": "cpu", "precision": "fast", "threads": 2}
+    assert asked == [("native", options)]
+
+
+@needs_native
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_the_native_backend_answers_as_the_reference(toy, precision):
+    replies = [
+        LLM.load(toy, backend, **how).chat("hello", seed=3, max_tokens=20)
+        for backend, how in (("reference", {}), ("native", {"precision": precision, "threads": 1}))
+    ]
+    assert precision == "fast" or replies[0] == replies[1]
+    assert replies[0].usage == replies[1].usage
 
 
 @pytest.mark.parametrize(
@@ -80,6 +177,14 @@ def test_a_tiny_model_runs_on_numpy_and_a_large_one_on_torch(monkeypatch):
         {"dtype": "float16"},
         {"device": "cuda", "backend": "reference"},
         {"dtype": "bfloat16", "backend": "reference"},
+        {"dtype": "float32", "backend": "native"},
+        {"device": "cuda", "backend": "native"},
+        {"precision": "exact", "backend": "reference"},
+        {"precision": "fast", "backend": "torch"},
+        {"precision": "fast", "device": "cuda"},
+        {"precision": "finest"},
+        {"threads": 2, "backend": "torch"},
+        {"threads": 0},
         {"max_tokens": 0},
         {"max_tokens": 2049},
     ],
@@ -89,7 +194,8 @@ def test_what_cannot_be_is_a_value_error_before_loading(toy, wrong):
         plan.make_plan(open_checkpoint(toy), **wrong)
 
 
-def test_the_plan_says_layout_precision_bytes_backend_and_why(toy):
+def test_the_plan_says_layout_precision_bytes_backend_and_why(toy, machine):
+    machine()
     text = str(plan.make_plan(open_checkpoint(toy), max_tokens=100))
     for part in (
         "huggingface layout",

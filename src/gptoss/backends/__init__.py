@@ -5,11 +5,19 @@ from gptoss.errors import BackendUnavailable
 from gptoss.model.config import ModelConfig
 from gptoss.model.weights import Read
 
-NAMES = ("reference", "torch")
+NAMES = ("reference", "native", "torch")
+PRECISIONS = ("exact", "fast")  # of native
 
 
 def load_backend(
-    name: str, config: ModelConfig, read: Read, *, dtype: str | None = None, device: str = "cpu"
+    name: str,
+    config: ModelConfig,
+    read: Read,
+    *,
+    dtype: str | None = None,
+    device: str = "cpu",
+    precision: str | None = None,
+    threads: int | None = None,
 ) -> Backend:
     """Open one room. Imports stay inside the arms so that no room pays for another.
 
@@ -20,16 +28,28 @@ def load_backend(
         dtype: compute dtype; the reference takes float32 (default) or float64, torch float32,
             bfloat16 (default) or float64.
         device: torch only: "cpu" or "cuda".
+        precision: native only: "exact" computes in float32 with the weights as published, "fast"
+            (default) in 8 bits with dense matrices rounded to 8 bits.
+        threads: native only; None: as many as the machine has cores.
 
     Raises:
-        ValueError: an unknown name, dtype or device.
+        ValueError: an unknown name, dtype, device or precision, or one that is another room's.
         BackendUnavailable: this machine lacks what the room needs.
     """
+    check_options(name, dtype=dtype, precision=precision, threads=threads)
+    if name == "native" and device != "cpu":
+        raise ValueError(f"the native backend runs on the cpu, not on {device!r}")
     match name:
         case "reference":
             from gptoss.backends.reference import ReferenceBackend
 
             return ReferenceBackend(config, read, dtype or "float32")
+        case "native":
+            try:
+                from gptoss.backends.native import NativeBackend
+            except ImportError as error:
+                raise _without_core(error) from None
+            return NativeBackend(config, read, precision=precision or "fast", threads=threads)
         case "torch":
             try:
                 from gptoss.backends.torch import TorchBackend
@@ -47,4 +67,50 @@ def load_backend(
                 ) from error
             return TorchBackend(config, read, dtype or "bfloat16", device)
         case _:
-            raise ValueError(f"unknown backend {name!r}; one of {', '.join(NAMES)}")
+            raise AssertionError("unreachable")
+
+
+def check_options(
+    name: str, *, dtype: str | None, precision: str | None, threads: int | None
+) -> None:
+    """Raises ValueError for a room that does not exist, or an option that is not its own."""
+    if name not in NAMES:
+        raise ValueError(f"unknown backend {name!r}; one of {', '.join(NAMES)}")
+    if precision not in (None, *PRECISIONS):
+        raise ValueError(f"unknown precision {precision!r}; one of {', '.join(PRECISIONS)}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, not {threads}")
+    if name == "native" and dtype is not None:
+        raise ValueError(
+            f"the native backend takes no dtype ({dtype}) but a precision, exact or fast"
+        )
+    if name != "native" and precision is not None:
+        raise ValueError(f"the {name} backend takes no precision ({precision}) but a dtype")
+    if name != "native" and threads is not None:
+        raise ValueError(
+            f"threads are the native backend's to choose; the {name} backend takes none"
+        )
+
+
+def has_native() -> bool:
+    """Whether the compiled core is here and can be loaded."""
+    try:
+        import gptoss.backends.native  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _without_core(error: ImportError) -> Exception:
+    """What an import of the native room that failed has to say."""
+    culprit = error.name or ""
+    if culprit.startswith("gptoss.backends"):
+        return error  # a fault of ours, which no installing mends
+    if culprit == "gptoss._core" and not isinstance(error, ModuleNotFoundError):
+        return BackendUnavailable(
+            f"the package's compiled core is installed, but importing it fails: {error}"
+        )
+    return BackendUnavailable(
+        "the native backend needs the package's compiled core, which this installation lacks; "
+        "install a wheel or build with a C++20 compiler"
+    )

@@ -42,7 +42,7 @@ def run(
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Everything the headers say."""
-    from gptoss.llm.plan import parameters
+    from gptoss.llm.needs import parameters
 
     tokenizer = checkpoint.tokenizer_path
     return {

@@ -34,7 +34,8 @@ def run(json_: options.Json = False) -> None:
 def published() -> list[dict[str, Any]]:
     """The two released models, by their shapes."""
     from gptoss.llm.models import PUBLISHED
-    from gptoss.llm.plan import BYTES, ROOM, counts, estimate
+    from gptoss.llm.needs import BYTES, PACKED, counts, estimate
+    from gptoss.llm.plan import ROOM
     from gptoss.model.config import PRESETS
 
     rows = []
@@ -48,7 +49,7 @@ def published() -> list[dict[str, Any]]:
                 "layers": config.num_hidden_layers,
                 "experts": config.num_experts,
                 "parameters": dense + experts,
-                "bytes": round(dense * BYTES["bfloat16"] + experts * 17 / 32),
+                "bytes": round(dense * BYTES["bfloat16"] + experts * PACKED),
                 "memory": estimate(config, "torch", "bfloat16", ROOM).total,
                 "memory_for_tokens": ROOM,
             }

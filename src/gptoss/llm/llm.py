@@ -52,6 +52,8 @@ class LLM:
         device: str | None = None,
         max_tokens: int | None = None,
         *,
+        precision: str | None = None,
+        threads: int | None = None,
         force: bool = False,
         announce: Announce | None = None,
         progress: Progress | None = None,
@@ -66,6 +68,8 @@ class LLM:
                 backend,
                 dtype=dtype,
                 device=device,
+                precision=precision,
+                threads=threads,
                 max_tokens=max_tokens,
                 force=force,
                 announce=announce,
@@ -162,8 +166,12 @@ class LLM:
         """What the model expects after each token: [T] -> [T, V]. For teacher forcing."""
         return self.tokens.logits(tokens)
 
+    def prompt(self, turns: Sequence[Message]) -> list[int]:
+        """The tokens of a whole conversation (see ``conversation``), up to the model's turn."""
+        return harmony.render_for_completion(turns, self.tokenizer)
+
     def _answer(self, turns: list[Message], options: Options) -> Stream:
-        prompt = harmony.render_for_completion(turns, self.tokenizer)
+        prompt = self.prompt(turns)
         seed = options.get("seed")
         seed = secrets.randbits(63) if seed is None else seed
         settled: Options = {**options, "seed": seed}

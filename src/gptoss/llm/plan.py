@@ -1,36 +1,23 @@
 """What loading a model will take, worked out from its headers and said before a byte is loaded."""
 
 import importlib.util
-import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptoss.backends import NAMES
+from gptoss.backends import NAMES, check_options, has_native
 from gptoss.checkpoint.open import Checkpoint
-from gptoss.engine.generate import STEP_TOKENS
 from gptoss.errors import GptOssError
 from gptoss.llm.memory import available_memory
+from gptoss.llm.needs import BYTES, Needs, estimate, parameters
 from gptoss.model.config import ModelConfig
-from gptoss.model.weights import specs
 
 ROOM = 16_384  # tokens of prompt and answer, unless more is asked for
 TINY = 50_000_000  # parameters up to which starting torch takes longer than answering
-BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 GIVEN = "as asked"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Needs:
-    """Bytes of memory, estimated."""
-
-    weights: int
-    cache: int  # keys and values of max_tokens
-    working: int  # the largest step's intermediate values
-
-    @property
-    def total(self) -> int:
-        """All together."""
-        return self.weights + self.cache + self.working
+MEANING = {"exact": "weights as published", "fast": "dense matrices in 8 bits"}
+# What a GPU's driver leaves on Linux: NVIDIA's, AMD's, Windows' below it.
+DRIVERS = [Path("/dev/nvidiactl"), Path("/dev/kfd"), Path("/dev/dxg")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +28,10 @@ class Plan:
     layout: str
     disk_bytes: int
     backend: str
-    dtype: str
+    dtype: str | None  # None: native has a precision instead
+    precision: str | None
     device: str
+    threads: int | None  # None: the backend's choice
     reason: str  # why this backend
     max_tokens: int  # room for prompt and answer
     needs: Needs
@@ -50,9 +39,11 @@ class Plan:
 
     def __str__(self) -> str:
         have = "unknown" if self.available is None else f"{size(self.available)} free"
+        numbers = self.dtype or f"{self.precision} precision ({MEANING[self.precision or 'exact']})"
+        threads = f" with {self.threads} threads" if self.threads is not None else ""
         return (
             f"{self.path}: {self.layout} layout, {size(self.disk_bytes)} on disk; "
-            f"{self.backend} backend in {self.dtype} on {self.device} ({self.reason})\n"
+            f"{self.backend} backend in {numbers} on {self.device}{threads} ({self.reason})\n"
             f"memory: {size(self.needs.total)} = weights {size(self.needs.weights)} + cache "
             f"{size(self.needs.cache)} for {self.max_tokens} tokens + working memory "
             f"{size(self.needs.working)}; {have}"
@@ -71,8 +62,8 @@ class Plan:
         if self.available is not None and less < self.available:
             return "Lower max_tokens (--context), or load with force=True (--force) to try anyway."
         return (
-            "Free memory, take a smaller model or dtype, or load with force=True (--force) to try "
-            "anyway."
+            "Free memory, take a smaller model or coarser numbers (--precision, --dtype), or load "
+            "with force=True (--force) to try anyway."
         )
 
 
@@ -82,16 +73,24 @@ def make_plan(
     backend: str = "auto",
     dtype: str | None = None,
     device: str | None = None,
+    precision: str | None = None,
+    threads: int | None = None,
     max_tokens: int | None = None,
 ) -> Plan:
     """Decide what was left open. Raises ValueError for what no backend is, takes or holds."""
     config = checkpoint.config
-    chosen, where, reason = choose(config, backend, device)
-    kind = dtype or ("float32" if chosen == "reference" else "bfloat16")
-    if kind not in BYTES:
-        raise ValueError(f"unknown dtype {kind!r}; one of {', '.join(BYTES)}")
-    if chosen == "reference" and kind == "bfloat16":
-        raise ValueError("the reference computes in float32 or float64, not bfloat16")
+    chosen, where, reason = choose(
+        config, backend, device, dtype=dtype, native=precision is not None or threads is not None
+    )
+    check_options(chosen, dtype=dtype, precision=precision, threads=threads)
+    if chosen == "native":
+        numbers = precision = precision or ("exact" if parameters(config) <= TINY else "fast")
+    else:
+        numbers = dtype = dtype or ("float32" if chosen == "reference" else "bfloat16")
+        if numbers not in BYTES:
+            raise ValueError(f"unknown dtype {numbers!r}; one of {', '.join(BYTES)}")
+        if chosen == "reference" and numbers == "bfloat16":
+            raise ValueError("the reference computes in float32 or float64, not bfloat16")
     room = min(ROOM, config.context_length) if max_tokens is None else max_tokens
     if not 1 <= room <= config.context_length:
         raise ValueError(
@@ -102,83 +101,51 @@ def make_plan(
         layout=checkpoint.layout.name,
         disk_bytes=checkpoint.nbytes,
         backend=chosen,
-        dtype=kind,
+        dtype=dtype,
+        precision=precision,
         device=where,
+        threads=threads,
         reason=reason,
         max_tokens=room,
-        needs=estimate(config, chosen, kind, room, packed=checkpoint.layout.packed),
+        needs=estimate(config, chosen, numbers, room, packed=checkpoint.layout.packed),
         available=_free(where),
     )
 
 
-def choose(config: ModelConfig, backend: str, device: str | None) -> tuple[str, str, str]:
-    """Backend, device, and why.
+def choose(
+    config: ModelConfig,
+    backend: str,
+    device: str | None,
+    *,
+    dtype: str | None = None,
+    native: bool = False,
+) -> tuple[str, str, str]:
+    """Backend, device, and why. ``native``: something is asked that only that backend has.
 
-    A tiny model answers before torch has been imported, so it runs on NumPy. Others run on torch
-    where there is one: on a GPU if it has one, else on the CPU in bfloat16, which halves the bytes
-    that every token has to read.
+    A GPU first, for what is not tiny; then the compiled core, which starts at once; without it, or
+    in a dtype, torch, and NumPy for a tiny model, which answers before torch has been imported.
     """
     if backend not in ("auto", *NAMES):
         raise ValueError(f"unknown backend {backend!r}; one of auto, {', '.join(NAMES)}")
-    if backend == "reference":
+    if backend in ("reference", "native"):
         if device not in (None, "cpu"):
-            raise ValueError(f"the reference runs on the cpu, not on {device!r}")
+            raise ValueError(f"the {backend} backend runs on the cpu, not on {device!r}")
         return backend, "cpu", GIVEN
-    if backend == "auto" and device in (None, "cpu") and parameters(config) <= TINY:
-        return "reference", "cpu", "a model this small answers before torch has started"
+    if backend == "torch" or device not in (None, "cpu"):
+        return "torch", device or ("cuda" if _gpu() else "cpu"), GIVEN
+    if native:
+        return "native", "cpu", "precision and threads are its own"
+    tiny = parameters(config) <= TINY
+    if not tiny and device is None and _gpu():
+        return "torch", "cuda", "torch is installed, with a GPU"
+    if dtype is None and has_native():
+        return "native", "cpu", "the fastest on a CPU"
+    lacking = "native has no dtype" if dtype is not None else "there is no compiled core"
+    if tiny:
+        return "reference", "cpu", f"{lacking}; a model this small answers before torch has started"
     if importlib.util.find_spec("torch") is None:
-        if backend == "auto" and device in (None, "cpu"):
-            return "reference", "cpu", "torch is not installed; with it this would be faster"
-        return "torch", device or "cpu", GIVEN  # the room will say what it lacks
-    why = GIVEN if backend != "auto" else "torch is installed"
-    if device is not None:
-        return "torch", device, why
-    if _free("cuda") is not None:
-        return "torch", "cuda", f"{why}, with a GPU"
-    return "torch", "cpu", why
-
-
-def estimate(
-    config: ModelConfig, backend: str, dtype: str, max_tokens: int, *, packed: bool = True
-) -> Needs:
-    """Memory by the shapes alone. Experts stay as stored, except that the reference widens those
-    of a small model; the rest is in the compute dtype.
-    """
-    from gptoss.backends.reference.backend import SMALL  # the room is opened only when asked
-
-    c, width, step = config, BYTES[dtype], min(STEP_TOKENS, max_tokens)
-    numpy = backend == "reference"
-    dense, experts = counts(config)
-    widened = numpy and experts * width <= SMALL
-    expert_width = width if widened else 17 / 32 if packed else 2
-    held = [
-        max_tokens
-        if numpy or (window := c.window(i)) is None  # the reference forgets nothing
-        else min(max_tokens, window + step)
-        for i in range(c.num_hidden_layers)
-    ]
-    heads, d, F = c.num_attention_heads, c.head_dim, c.intermediate_size
-    decoded = 3 * F * c.hidden_size * width * 3  # one expert, and what its decoding passes through
-    scores = 3 * heads * step * max_tokens * width if numpy else step * max_tokens * 4
-    repeated = 2 * max_tokens * heads * d * width if numpy else 0
-    return Needs(
-        weights=round(dense * width + experts * expert_width),
-        cache=sum(held) * 2 * c.num_key_value_heads * d * width,
-        working=decoded + scores + repeated + 8 * step * c.hidden_size * width + 32 * c.vocab_size,
-    )
-
-
-def counts(config: ModelConfig) -> tuple[int, int]:
-    """Parameters outside and inside the experts' matrices."""
-    sums = {"dense": 0, "expert": 0}
-    for spec in specs(config):
-        sums[spec.kind] += math.prod(spec.shape)
-    return sums["dense"], sums["expert"]
-
-
-def parameters(config: ModelConfig) -> int:
-    """All of them."""
-    return sum(counts(config))
+        return "reference", "cpu", f"{lacking} and torch is not installed; either is faster"
+    return "torch", "cpu", f"{lacking}; torch is installed"
 
 
 def size(n: float) -> str:
@@ -188,6 +155,13 @@ def size(n: float) -> str:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
         n /= 1000
     return f"{n:.1f} GB"
+
+
+def _gpu() -> bool:
+    """Whether torch is here and has a GPU. It is not imported where no driver is: that is slow."""
+    if sys.platform == "linux" and not any(path.exists() for path in DRIVERS):
+        return False
+    return _free("cuda") is not None
 
 
 def _free(device: str) -> int | None:

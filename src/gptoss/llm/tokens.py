@@ -40,6 +40,8 @@ class TokenGenerator:
         *,
         dtype: str | None = None,
         device: str | None = None,
+        precision: str | None = None,
+        threads: int | None = None,
         max_tokens: int | None = None,
         force: bool = False,
         announce: Announce | None = None,
@@ -49,6 +51,9 @@ class TokenGenerator:
 
         Args:
             checkpoint: a path, "nano", or a Hugging Face id.
+            precision: of the native backend: "fast" (8-bit; the default) or "exact" (the weights
+                as published in float32 arithmetic; the default of a tiny model).
+            threads: of the native backend; by default one for each core.
             max_tokens: room for prompt and answer together; by default 16,384, or the model's
                 context if that is less.
             force: load although memory is too little.
@@ -56,14 +61,21 @@ class TokenGenerator:
             progress: is called as tensors are loaded.
 
         Raises:
-            ValueError: an unknown backend, dtype or device, or room beyond the context.
+            ValueError: an unknown backend, dtype, device or precision, one that does not apply, or
+                room beyond the context.
             GptOssError: the files, the vocabulary, the hardware or the memory will not do.
         """
         opened = open_checkpoint(resolve(checkpoint))
         self.config = opened.config
         self.tokenizer = load_tokenizer(opened)
         self.plan = make_plan(
-            opened, backend=backend, dtype=dtype, device=device, max_tokens=max_tokens
+            opened,
+            backend=backend,
+            dtype=dtype,
+            device=device,
+            precision=precision,
+            threads=threads,
+            max_tokens=max_tokens,
         )
         if announce is not None:
             announce(self.plan)
@@ -76,6 +88,8 @@ class TokenGenerator:
                 _counting(opened, progress),
                 dtype=self.plan.dtype,
                 device=self.plan.device,
+                precision=self.plan.precision,
+                threads=self.plan.threads,
             ),
             vocab_size=sampled_size(self.tokenizer),
             max_tokens=self.plan.max_tokens,

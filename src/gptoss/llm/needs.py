@@ -1,0 +1,120 @@
+"""How much memory a model takes, by its shapes alone."""
+
+import math
+from dataclasses import dataclass
+
+from gptoss.engine.generate import STEP_TOKENS
+from gptoss.model.config import ModelConfig
+from gptoss.model.weights import specs
+
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
+PACKED = 17 / 32  # bytes of a weight in MXFP4
+ROUNDED = 17 / 16  # of one in 8 bits, with its share of a scale
+NATIVE_CHUNK = 512  # tokens that a sliding layer of the native backend holds beside its window
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """Bytes of memory, estimated."""
+
+    weights: int
+    cache: int  # keys and values of max_tokens
+    working: int  # the largest step's intermediate values
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return self.weights + self.cache + self.working
+
+
+def estimate(
+    config: ModelConfig, backend: str, numbers: str, max_tokens: int, *, packed: bool = True
+) -> Needs:
+    """Memory to run a model in these ``numbers``: a dtype, or the native backend's precision.
+
+    Pages of a mapped file count like any other: they are needed for every token.
+    """
+    match backend:
+        case "native":
+            return _native(config, numbers, max_tokens, packed)
+        case "reference":
+            return _reference(config, BYTES[numbers], max_tokens, packed)
+        case _:
+            return _torch(config, BYTES[numbers], max_tokens, packed)
+
+
+def counts(config: ModelConfig) -> tuple[int, int]:
+    """Parameters outside and inside the experts' matrices."""
+    sums = {"dense": 0, "expert": 0}
+    for spec in specs(config):
+        sums[spec.kind] += math.prod(spec.shape)
+    return sums["dense"], sums["expert"]
+
+
+def parameters(config: ModelConfig) -> int:
+    """All of them."""
+    return sum(counts(config))
+
+
+def _native(c: ModelConfig, precision: str, max_tokens: int, packed: bool) -> Needs:
+    """Everything as stored; fast rounds the matrices that every token passes through."""
+    dense, experts = counts(c)
+    D, F, V, heads = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_attention_heads
+    matrices = V * D + c.num_hidden_layers * D * (c.qkv_size + heads * c.head_dim)
+    rounded = matrices if precision == "fast" else 0
+    step = min(STEP_TOKENS, max_tokens)
+    a_token = 8 * D + 2 * c.qkv_size + c.experts_per_token * (3 * F + 2 * D)  # float32 values
+    return Needs(
+        weights=round(2 * (dense - rounded) + ROUNDED * rounded + experts * _stored(packed)),
+        cache=_cached(c, max_tokens, NATIVE_CHUNK) * 2,
+        working=4 * step * a_token + 4 * heads * max_tokens + 32 * V,
+    )
+
+
+def _torch(c: ModelConfig, width: int, max_tokens: int, packed: bool) -> Needs:
+    """Experts as stored, the rest in the compute dtype."""
+    dense, experts = counts(c)
+    step = min(STEP_TOKENS, max_tokens)
+    return Needs(
+        weights=round(dense * width + experts * _stored(packed)),
+        cache=_cached(c, max_tokens, step) * width,
+        working=_step(c, width, step) + step * max_tokens * 4,
+    )
+
+
+def _reference(c: ModelConfig, width: int, max_tokens: int, packed: bool) -> Needs:
+    """As torch, but a small model's experts are widened too, and nothing is forgotten."""
+    from gptoss.backends.reference.backend import SMALL  # the room is opened only when asked
+
+    dense, experts = counts(c)
+    step, heads = min(STEP_TOKENS, max_tokens), c.num_attention_heads
+    widened = experts * width <= SMALL
+    scores = 3 * heads * step * max_tokens * width
+    repeated = 2 * max_tokens * heads * c.head_dim * width
+    return Needs(
+        weights=round(dense * width + experts * (width if widened else _stored(packed))),
+        cache=_cached(c, max_tokens, None) * width,
+        working=_step(c, width, step) + scores + repeated,
+    )
+
+
+def _stored(packed: bool) -> float:
+    """Bytes of an expert's weight in the file."""
+    return PACKED if packed else BYTES["bfloat16"]
+
+
+def _cached(c: ModelConfig, max_tokens: int, beside: int | None) -> int:
+    """Values of all layers' caches; sliding ones hold the window and some tokens ``beside`` it."""
+    held = [
+        max_tokens
+        if beside is None or (window := c.window(i)) is None
+        else min(max_tokens, window + beside)
+        for i in range(c.num_hidden_layers)
+    ]
+    return sum(held) * 2 * c.num_key_value_heads * c.head_dim
+
+
+def _step(c: ModelConfig, width: int, step: int) -> int:
+    """One expert and what its decoding passes through, the residual stream, the logits."""
+    decoded = 3 * c.intermediate_size * c.hidden_size * width * 3
+    return decoded + 8 * step * c.hidden_size * width + 32 * c.vocab_size
