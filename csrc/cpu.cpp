@@ -12,6 +12,8 @@ std::vector<std::string> cpu_features() {
     GPTOSS_ASK("fma", "fma");
     GPTOSS_ASK("avx512f", "avx512f");
     GPTOSS_ASK("avx512bw", "avx512bw");
+    GPTOSS_ASK("avx512dq", "avx512dq");
+    GPTOSS_ASK("avx512vl", "avx512vl");
     GPTOSS_ASK("avx512vnni", "avx512_vnni");
     GPTOSS_ASK("avx512bf16", "avx512_bf16");
 #undef GPTOSS_ASK

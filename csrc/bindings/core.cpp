@@ -1,5 +1,6 @@
 // The only folder that includes Python: it checks arguments, then calls.
-#include <nanobind/nanobind.h>
+#include "bindings.hpp"
+
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -9,4 +10,7 @@ NB_MODULE(_core, m) {
     m.doc() = "The compiled part of gptoss.";
     m.def("cpu_features", &gptoss::cpu_features,
           "Instruction sets of this processor that kernels may be chosen by, such as 'avx2'.");
+    gptoss::bind_ops(m);
+    gptoss::bind_attention(m);
+    gptoss::bind_roofline(m);
 }

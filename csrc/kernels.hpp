@@ -1,0 +1,92 @@
+// What one thread computes, once per instruction set, behind a table chosen at run time.
+//
+// Every kernel is written once, over the sixteen lanes of simd/vec_*.hpp, and compiled for each
+// instruction set. All of them add in the same order, so they give the same bits; so do one token
+// and many (see ops/linear.inl).
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "ops/attention.hpp"
+
+namespace gptoss {
+
+using i64 = std::int64_t;
+
+enum class Format { f32, bf16, mxfp4, split };
+
+// Numbers [rows, columns], row after row.
+//   f32, bf16: as in a file. split: float32 whose blocks of 32 are laid 16 evens, then 16 odds.
+//   mxfp4: 16 bytes a block of 32, low nibble first; scales: one exponent byte a block.
+struct Matrix {
+    Format format = Format::f32;
+    const void* data = nullptr;
+    const std::uint8_t* scales = nullptr;
+    i64 rows = 0, columns = 0;
+
+    i64 blocks() const { return (columns + 31) / 32; }  // a row; the last may be short
+};
+
+// A matrix of bytes: value = (code - offset) * scale. Sixteen rows make a tile. A tile's blocks of
+// 32 columns come in the order of `block_order`: 0, 4, 8, ... then 1, 5, 9, ... A block is 8 x 64
+// codes: 16 rows x 4 columns (evens first, as in Bytes), and 16 scales in bfloat16.
+struct Tiles {
+    const std::uint8_t* codes = nullptr;   // [tiles, blocks, 8, 16, 4]
+    const std::uint16_t* scales = nullptr; // [tiles, blocks, 16]
+    int offset = 0;
+    i64 rows = 0, columns = 0;
+
+    i64 tiles() const { return (rows + 15) / 16; }
+    i64 blocks() const { return (columns + 31) / 32; }
+};
+
+// Rows of activations as int8, a scale to each block of 32 columns. Four blocks make a group of
+// 128 bytes: the 16 evens of each block, then the 16 odds of each block. The last is padded with 0.
+struct Bytes {
+    std::int8_t* q = nullptr;     // [rows, groups, 128]
+    float* scale = nullptr;       // [rows, groups, 16]: each block's four times
+    std::int32_t* sum = nullptr;  // [rows, groups, 16]: of its 32 bytes, four times
+    i64 groups = 0;
+};
+
+struct Kernels {
+    const char* name;
+
+    // out[i * stride + r] = bias[r] + sum over k of w[row + r, k] * x[at[i], k], for r < rows
+    // and i < tokens. x: split rows of w.blocks() * 32 floats. bias may be null.
+    void (*dot)(const Matrix& w, i64 row, i64 rows, const float* x, const std::int32_t* at,
+                i64 tokens, float* out, i64 stride, const float* bias);
+    // rows of w, decoded, to split floats [rows, blocks * 32]; widen to a split row is the same
+    void (*unpack)(const Matrix& w, i64 row, i64 rows, float* out);
+
+    // the same as dot, of bytes; rows first tile * 16 ... at most w.rows
+    void (*dot_tiles)(const Tiles& w, i64 tile, i64 tiles, const Bytes& x, const std::int32_t* at,
+                      i64 tokens, float* out, i64 stride, const float* bias);
+    // the same numbers, bit for bit, straight from MXFP4; for few tokens
+    void (*dot_packed)(const Matrix& w, i64 row, i64 rows, const Bytes& x, const std::int32_t* at,
+                       i64 tokens, float* out, i64 stride, const float* bias);
+    // sixteen rows of MXFP4 -> a tile with offset 12
+    void (*unpack_tile)(const Matrix& w, i64 row, std::uint8_t* codes, std::uint16_t* scales);
+    // sixteen rows of numbers -> a tile with offset 128, each block's largest becoming 127
+    void (*round_tile)(const Matrix& w, i64 row, std::uint8_t* codes, std::uint16_t* scales);
+    // a row of x [columns] -> row i of out
+    void (*round_row)(const float* x, i64 columns, const Bytes& out, i64 i);
+
+    void (*rms_norm)(const float* x, const float* scale, i64 columns, float eps, float* out);
+    // [2F] -> [F]
+    void (*swiglu)(const float* x, i64 half, float limit, float* out);
+    // out = sum over i < n of share[i] * x[i]
+    void (*blend)(const float* const* x, const float* share, i64 n, i64 columns, float* out);
+    // pairs (i, i + half) of n heads turned by cos, sin [half]
+    void (*rope)(const float* x, const float* cos, const float* sin, i64 heads, i64 half, float* out);
+
+    AttentionKernels attention;
+};
+
+const Kernels& kernels();                    // the best this processor can run, or the one chosen
+std::vector<std::string> kernel_names();     // all it can run, best first
+bool use_kernels(const std::string& name);   // false: not one of them
+
+}  // namespace gptoss

@@ -1,0 +1,203 @@
+#include "linear.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+
+#include "../threads.hpp"
+
+namespace gptoss {
+
+namespace {
+
+constexpr i64 FEW = 4;         // tokens up to which weights are decoded for each of them again
+constexpr i64 TILE_ROWS = 64;  // rows of bytes one thread takes at a time: they fit its own cache
+constexpr i64 SPLIT_ROWS = 48; // rows of floats
+
+// Memory that grows and is kept, without being filled.
+template <class T>
+class Scratch {
+public:
+    T* get(i64 n) {
+        if (n > size_) data_ = {}, data_ = Block<T>(std::size_t(n)), size_ = n;
+        return data_.data();
+    }
+    void release() { data_ = {}, size_ = 0; }
+
+private:
+    Block<T> data_;
+    i64 size_ = 0;
+};
+
+// A thread's own memory for decoded weights and results on the way.
+struct Bench {
+    Scratch<float> floats, results;
+    Scratch<std::uint8_t> codes;
+    Scratch<std::uint16_t> scales;
+};
+
+thread_local Bench bench;
+
+i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
+
+// Rows of activations as the kernels read them: split floats, or bytes.
+class Prepared {
+public:
+    void from(const float* x, i64 rows, i64 columns, bool bytes) {
+        const auto& k = kernels();
+        const i64 groups = (columns + 127) / 128, step = round_up(columns, 32);
+        if (bytes) {
+            bytes_ = {q_.get(rows * groups * 128), scale_.get(rows * groups * 16), sum_.get(rows * groups * 16), groups};
+        } else {
+            split_.get(rows * step);
+        }
+        const Matrix all{Format::f32, x, nullptr, rows, columns};
+        auto work = [&](i64 r, int) {
+            if (bytes) k.round_row(x + r * columns, columns, bytes_, r);
+            else k.unpack(all, r, 1, split_.get(0) + r * step);
+        };
+        if (rows <= 4)
+            for (i64 r = 0; r < rows; r++) work(r, 0);
+        else
+            pool().run(rows, work);
+    }
+    const float* split() { return split_.get(0); }
+    const Bytes& bytes() const { return bytes_; }
+
+private:
+    Scratch<float> split_, scale_;
+    Scratch<std::int8_t> q_;
+    Scratch<std::int32_t> sum_;
+    Bytes bytes_;
+};
+
+// rows of w from `row` on, times the tokens `at` of x
+void product(const Weight& w, i64 row, i64 rows, Prepared& x, const std::int32_t* at, i64 tokens,
+             float* out, i64 stride, const float* bias) {
+    const auto& k = kernels();
+    const i64 blocks = w.stored.blocks();
+    if (!w.bytes) {
+        if (tokens <= FEW) return k.dot(w.stored, row, rows, x.split(), at, tokens, out, stride, bias);
+        float* decoded = bench.floats.get(rows * blocks * 32);
+        k.unpack(w.stored, row, rows, decoded);
+        const Matrix tile{Format::split, decoded, nullptr, rows, w.stored.columns};
+        return k.dot(tile, 0, rows, x.split(), at, tokens, out, stride, bias);
+    }
+    if (w.tiles.codes)
+        return k.dot_tiles(w.tiles, row / 16, (rows + 15) / 16, x.bytes(), at, tokens, out, stride, bias);
+    if (tokens <= FEW)
+        return k.dot_packed(w.stored, row, rows, x.bytes(), at, tokens, out, stride, bias);
+    const i64 tiles = (rows + 15) / 16;
+    Tiles decoded{bench.codes.get(tiles * blocks * 512), bench.scales.get(tiles * blocks * 16), 12, rows,
+                  w.stored.columns};
+    for (i64 t = 0; t < tiles; t++)
+        k.unpack_tile(w.stored, row + 16 * t, bench.codes.get(0) + t * blocks * 512,
+                      bench.scales.get(0) + t * blocks * 16);
+    k.dot_tiles(decoded, 0, tiles, x.bytes(), at, tokens, out, stride, bias);
+}
+
+// How many rows a thread takes at a time, so that all have several turns.
+i64 share_of(i64 rows, i64 most, i64 multiple) {
+    const i64 turns = i64(pool().size()) * 4;
+    return std::clamp(round_up((rows + turns - 1) / turns, multiple), multiple, most);
+}
+
+Prepared for_linear, for_first, for_second;
+Scratch<float> hidden, each;
+Scratch<std::int32_t> counting;
+
+}  // namespace
+
+void round_weight(Weight& w) {
+    const Matrix& m = w.stored;
+    w.bytes = true;
+    if (m.format == Format::mxfp4) return;
+    const i64 blocks = m.blocks(), tiles = (m.rows + 15) / 16;
+    w.codes = Block<std::uint8_t>(std::size_t(tiles * blocks * 512));
+    w.scales = Block<std::uint16_t>(std::size_t(tiles * blocks * 16));
+    w.tiles = {w.codes.data(), w.scales.data(), 128, m.rows, m.columns};
+    const auto& k = kernels();
+    pool().run(tiles, [&](i64 t, int) {
+        k.round_tile(m, t * 16, w.codes.data() + t * blocks * 512, w.scales.data() + t * blocks * 16);
+    });
+}
+
+void linear(const float* x, i64 T, const Weight& w, const float* bias, float* out) {
+    const i64 O = w.stored.rows;
+    for_linear.from(x, T, w.stored.columns, w.bytes);
+    std::int32_t* at = counting.get(T);
+    std::iota(at, at + T, 0);
+    const i64 rows = w.bytes ? share_of(O, TILE_ROWS, 16) : share_of(O, SPLIT_ROWS, 8);
+    pool().run((O + rows - 1) / rows, [&](i64 item, int) {
+        const i64 row = item * rows;
+        product(w, row, std::min(rows, O - row), for_linear, at, T, out + row, O, bias ? bias + row : nullptr);
+    });
+}
+
+void experts(const float* x, i64 T, const ExpertWeights& w, const std::int32_t* chosen, const float* share,
+             i64 k, float* out) {
+    const auto& fn = kernels();
+    const i64 visits = T * k, D = w.D, F = w.F;
+    // visits in order of expert, then of token
+    std::vector<i64> starts(std::size_t(w.E + 1));
+    for (i64 v = 0; v < visits; v++) starts[std::size_t(chosen[v] + 1)]++;
+    std::partial_sum(starts.begin(), starts.end(), starts.begin());
+    std::vector<std::int32_t> token(static_cast<std::size_t>(visits)), place(static_cast<std::size_t>(visits)), same(static_cast<std::size_t>(visits));
+    std::iota(same.begin(), same.end(), 0);
+    {
+        auto next = starts;
+        for (i64 v = 0; v < visits; v++) {
+            i64 here = next[std::size_t(chosen[v])]++;
+            token[std::size_t(here)] = std::int32_t(v / k);
+            place[std::size_t(v)] = std::int32_t(here);
+        }
+    }
+    struct Item { std::int32_t e; std::int32_t row; };
+    auto items_of = [&](i64 rows_each, i64 step) {
+        std::vector<Item> items;
+        for (i64 e = 0; e < w.E; e++)
+            if (starts[std::size_t(e + 1)] > starts[std::size_t(e)])
+                for (i64 row = 0; row < rows_each; row += step) items.push_back({std::int32_t(e), std::int32_t(row)});
+        return items;
+    };
+
+    for_first.from(x, T, D, w.mlp1.bytes);
+    float* act = hidden.get(visits * F);  // [visits, F]
+    i64 step = w.mlp1.bytes ? TILE_ROWS : SPLIT_ROWS;  // even: a gate and its up stay together
+    auto items = items_of(2 * F, step);
+    pool().run(i64(items.size()), [&](i64 i, int) {
+        const i64 e = items[std::size_t(i)].e, row = items[std::size_t(i)].row, rows = std::min(step, 2 * F - row);
+        const i64 first = starts[std::size_t(e)], n = starts[std::size_t(e + 1)] - first;
+        float* both = bench.results.get(n * rows);  // [n, rows]
+        product(w.mlp1, e * 2 * F + row, rows, for_first, token.data() + first, n, both, rows,
+                w.bias1 + e * 2 * F + row);
+        for (i64 j = 0; j < n; j++)
+            fn.swiglu(both + j * rows, rows / 2, w.limit, act + (first + j) * F + row / 2);
+    });
+
+    for_second.from(act, visits, F, w.mlp2.bytes);
+    float* answers = each.get(visits * D);  // [visits, D]
+    step = w.mlp2.bytes ? TILE_ROWS : SPLIT_ROWS;
+    items = items_of(D, step);
+    pool().run(i64(items.size()), [&](i64 i, int) {
+        const i64 e = items[std::size_t(i)].e, row = items[std::size_t(i)].row, rows = std::min(step, D - row);
+        const i64 first = starts[std::size_t(e)], n = starts[std::size_t(e + 1)] - first;
+        product(w.mlp2, e * D + row, rows, for_second, same.data() + first, n, answers + first * D + row, D,
+                w.bias2 + e * D + row);
+    });
+
+    auto gather = [&](i64 t, int) {
+        std::vector<const float*> rows(static_cast<std::size_t>(k));
+        for (i64 i = 0; i < k; i++) rows[std::size_t(i)] = answers + place[std::size_t(t * k + i)] * D;
+        fn.blend(rows.data(), share + t * k, k, D, out + t * D);
+    };
+    if (T == 1) gather(0, 0);
+    else pool().run(T, gather);
+}
+
+void release_scratch() {
+    for_linear = {}, for_first = {}, for_second = {};
+    hidden.release(), each.release(), counting.release();
+}
+
+}  // namespace gptoss

@@ -1,0 +1,43 @@
+// Linear layers and the mixture of experts over all threads of the pool. Inputs and outputs are
+// float32, row after row.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "../kernels.hpp"
+#include "../memory.hpp"
+
+namespace gptoss {
+
+// A weight matrix as it is multiplied: as stored (exact), or as tiles of bytes (fast).
+struct Weight {
+    Matrix stored;
+    bool bytes = false;  // multiply in 8-bit integers
+    Tiles tiles;         // of `stored`; empty for MXFP4, which is multiplied as it is
+    Block<std::uint8_t> codes;
+    Block<std::uint16_t> scales;
+};
+
+// The same matrix rounded to 8 bits, a scale to each 32 columns of a row; `stored` is read once.
+void round_weight(Weight& w);
+
+// out [T, w.rows] = x [T, w.columns] @ w.T + bias; bias may be null
+void linear(const float* x, i64 T, const Weight& w, const float* bias, float* out);
+
+// All experts of a layer. Their matrices lie behind one another: [E, 2F, D] and [E, D, F].
+struct ExpertWeights {
+    const Weight &mlp1, &mlp2;  // rows: E * 2F and E * D
+    const float *bias1, *bias2; // [E, 2F], [E, D]
+    i64 E, D, F;
+    float limit;
+};
+
+// out [T, D] = sum over the k chosen experts of share * expert(x); chosen, share: [T, k]
+void experts(const float* x, i64 T, const ExpertWeights& w, const std::int32_t* chosen,
+             const float* share, i64 k, float* out);
+
+// Gives back what the operations keep between calls, except each thread's own.
+void release_scratch();
+
+}  // namespace gptoss

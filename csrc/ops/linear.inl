@@ -1,0 +1,417 @@
+// Products of weights and activations: the inner loops. Included once per instruction set.
+//
+// Two rules make every way of computing a product give the same bits:
+//   floats: sixteen lanes over the columns, even columns of a block of 32 first, then odd ones,
+//           one chain of fused multiply-adds a lane, lanes added at the end (`sum`);
+//   bytes:  a block of 32 is summed in integers, which is exact; blocks b, b + 4, b + 8, ... make
+//           one chain of fused multiply-adds, and the four chains are added in order.
+// So a token alone (a decode) and the same token among others (a prefill) get the same numbers.
+
+// --- floats -------------------------------------------------------------------------------------
+
+static const float CODEBOOK[16] = {0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -.5f, -1, -1.5f, -2, -3, -4, -6};
+
+// 2 ** (e - 127) for a scale byte e; 255 is NaN
+static inline float power(std::uint8_t e) {
+    std::uint32_t b = e == 0 ? 0x00400000u : e == 255 ? 0x7fc00000u : std::uint32_t(e) << 23;
+    float f;
+    __builtin_memcpy(&f, &b, 4);
+    return f;
+}
+
+// How to read a row's block b as evens and odds, for each format.
+struct Floats {
+    const float* p;
+    i64 columns;
+    Floats(const Matrix& w, i64 row) : p((const float*)w.data + row * w.columns), columns(w.columns) {}
+    void get(i64 b, F16& even, F16& odd) const { split_floats(p + 32 * b, even, odd); }
+    void tail(i64 b, i64 n, F16& even, F16& odd) const {
+        float some[32] = {};
+        __builtin_memcpy(some, p + 32 * b, std::size_t(n) * 4);
+        split_floats(some, even, odd);
+    }
+};
+struct Halves {
+    const std::uint16_t* p;
+    Halves(const Matrix& w, i64 row) : p((const std::uint16_t*)w.data + row * w.columns) {}
+    void get(i64 b, F16& even, F16& odd) const { split_bf16(p + 32 * b, even, odd); }
+    void tail(i64 b, i64 n, F16& even, F16& odd) const {
+        std::uint16_t some[32] = {};
+        __builtin_memcpy(some, p + 32 * b, std::size_t(n) * 2);
+        split_bf16(some, even, odd);
+    }
+};
+struct Fours {
+    const std::uint8_t *p, *scale;
+    Fours(const Matrix& w, i64 row)
+        : p((const std::uint8_t*)w.data + row * (w.columns / 2)), scale(w.scales + row * (w.columns / 32)) {}
+    void get(i64 b, F16& even, F16& odd) const {
+        F16 table = mul(load(CODEBOOK), set(power(scale[b])));
+        I16 pairs = widen(p + 16 * b);
+        even = pick(table, pairs);
+        odd = pick(table, right<4>(pairs));
+    }
+    void tail(i64, i64, F16& even, F16& odd) const { even = odd = set(0); }  // rows are whole blocks
+};
+struct Split {
+    const float* p;
+    Split(const Matrix& w, i64 row) : p((const float*)w.data + row * w.blocks() * 32) {}
+    void get(i64 b, F16& even, F16& odd) const { even = load(p + 32 * b), odd = load(p + 32 * b + 16); }
+    void tail(i64 b, i64, F16& even, F16& odd) const { get(b, even, odd); }
+};
+
+// R rows x M tokens, all in registers
+template <class Row, int R, int M>
+static inline void dot_block(const Matrix& w, i64 row, const float* const* x, float* out, i64 stride,
+                             const float* bias) {
+    F16 acc[R][M];
+    for (int r = 0; r < R; r++)
+        for (int m = 0; m < M; m++) acc[r][m] = set(0);
+    const i64 whole = w.columns / 32, left_over = w.columns % 32;
+    auto add_block = [&](i64 b, const F16* even, const F16* odd) {
+        for (int m = 0; m < M; m++) {
+            F16 xe = load(x[m] + 32 * b), xo = load(x[m] + 32 * b + 16);
+            for (int r = 0; r < R; r++) acc[r][m] = fma(even[r], xe, acc[r][m]);
+            for (int r = 0; r < R; r++) acc[r][m] = fma(odd[r], xo, acc[r][m]);
+        }
+    };
+    alignas(Row) char space[R][sizeof(Row)];
+    Row* rows = (Row*)space;
+    for (int r = 0; r < R; r++) new (rows + r) Row(w, row + r);
+    F16 even[R], odd[R];
+    for (i64 b = 0; b < whole; b++) {
+        for (int r = 0; r < R; r++) rows[r].get(b, even[r], odd[r]);
+        add_block(b, even, odd);
+    }
+    if (left_over) {
+        for (int r = 0; r < R; r++) rows[r].tail(whole, left_over, even[r], odd[r]);
+        add_block(whole, even, odd);
+    }
+    for (int m = 0; m < M; m++)
+        for (int r = 0; r < R; r++) out[m * stride + r] = sum(acc[r][m]) + (bias ? bias[r] : 0.f);
+}
+
+template <class Row, int R, int M>
+static void dot_rows(const Matrix& w, i64 row, i64 rows, const float* const* x, float* out, i64 stride,
+                     const float* bias) {
+    i64 r = 0;
+    for (; r + R <= rows; r += R)
+        dot_block<Row, R, M>(w, row + r, x, out + r, stride, bias ? bias + r : nullptr);
+    for (; r < rows; r++)
+        dot_block<Row, 1, M>(w, row + r, x, out + r, stride, bias ? bias + r : nullptr);
+}
+
+template <class Row, int R, int M>
+static void dot_format(const Matrix& w, i64 row, i64 rows, const float* x, const std::int32_t* at,
+                       i64 tokens, float* out, i64 stride, const float* bias) {
+    const i64 step = w.blocks() * 32;
+    const float* here[4];
+    for (i64 t = 0; t < tokens;) {
+        int m = int(tokens - t < M ? tokens - t : M);
+        for (int i = 0; i < m; i++) here[i] = x + at[t + i] * step;
+        float* o = out + t * stride;
+        if (m == M) dot_rows<Row, R, M>(w, row, rows, here, o, stride, bias);
+        else if (m == 3) dot_rows<Row, R, (M < 3 ? 1 : 3)>(w, row, rows, here, o, stride, bias);
+        else if (m == 2) dot_rows<Row, R, (M < 2 ? 1 : 2)>(w, row, rows, here, o, stride, bias);
+        else dot_rows<Row, R, 1>(w, row, rows, here, o, stride, bias);
+        t += m;
+    }
+}
+
+static void dot(const Matrix& w, i64 row, i64 rows, const float* x, const std::int32_t* at, i64 tokens,
+                float* out, i64 stride, const float* bias) {
+    switch (w.format) {
+        case Format::f32: return dot_format<Floats, 4, 1>(w, row, rows, x, at, tokens, out, stride, bias);
+        case Format::bf16: return dot_format<Halves, 4, 1>(w, row, rows, x, at, tokens, out, stride, bias);
+        case Format::mxfp4: return dot_format<Fours, 4, 1>(w, row, rows, x, at, tokens, out, stride, bias);
+        case Format::split:
+            return dot_format<Split, GEMM_ROWS, GEMM_TOKENS>(w, row, rows, x, at, tokens, out, stride, bias);
+    }
+}
+
+template <class Row>
+static void unpack_rows(const Matrix& w, i64 row, i64 rows, float* out) {
+    const i64 whole = w.columns / 32, left_over = w.columns % 32;
+    for (i64 r = 0; r < rows; r++) {
+        Row here(w, row + r);
+        F16 even, odd;
+        for (i64 b = 0; b < whole; b++, out += 32) {
+            here.get(b, even, odd);
+            store(out, even), store(out + 16, odd);
+        }
+        if (left_over) {
+            here.tail(whole, left_over, even, odd);
+            store(out, even), store(out + 16, odd);
+            out += 32;
+        }
+    }
+}
+
+static void unpack(const Matrix& w, i64 row, i64 rows, float* out) {
+    switch (w.format) {
+        case Format::f32: return unpack_rows<Floats>(w, row, rows, out);
+        case Format::bf16: return unpack_rows<Halves>(w, row, rows, out);
+        case Format::mxfp4: return unpack_rows<Fours>(w, row, rows, out);
+        case Format::split: return unpack_rows<Split>(w, row, rows, out);
+    }
+}
+
+// --- bytes --------------------------------------------------------------------------------------
+
+// Twice the value of an MXFP4 code, plus 12: never negative, as dot4 wants its first operand.
+static const std::uint8_t TWICE[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+inline constexpr int TWICE_OFFSET = 12;
+
+// Half of what the scale bytes say (the codes are twice their value), as bits of float32.
+static inline I16 half_scales(I16 e) { return max(left<23>(add(e, set_int(-1))), set_int(0x00400000)); }
+
+// R tiles x M tokens
+template <int R, int M>
+static inline void tile_block(const Tiles& w, i64 tile, const Bytes& x, const std::int32_t* at,
+                              float (*out)[M][16]) {
+    const i64 blocks = w.blocks();
+    const std::uint8_t* codes[R];
+    const std::uint16_t* scales[R];
+    for (int r = 0; r < R; r++) {
+        codes[r] = w.codes + (tile + r) * blocks * 512;
+        scales[r] = w.scales + (tile + r) * blocks * 16;
+    }
+    for (int chain = 0; chain < 4; chain++) {
+        F16 acc[R][M];
+        for (int r = 0; r < R; r++)
+            for (int m = 0; m < M; m++) acc[r][m] = set(0);
+        for (i64 b = chain; b < blocks; b += 4) {
+            const i64 lane = (b / 4) * 16 + chain * 4;
+            const std::int8_t* q[M];
+            I16 n[R][M];
+            for (int m = 0; m < M; m++) {
+                q[m] = x.q + (at[m] * x.groups + b / 4) * 128 + chain * 16;
+                I16 start = set_int(-w.offset * x.sum[at[m] * x.groups * 16 + lane]);
+                for (int r = 0; r < R; r++) n[r][m] = start;
+            }
+            for (int half = 0; half < 2; half++)
+                for (int j = 0; j < 4; j++) {
+                    B64 c[R];
+                    for (int r = 0; r < R; r++) c[r] = load_bytes(codes[r] + (half * 4 + j) * 64);
+                    for (int m = 0; m < M; m++) {
+                        B64 four = repeat4(q[m] + half * 64 + j * 4);
+                        for (int r = 0; r < R; r++) n[r][m] = dot4(n[r][m], c[r], four);
+                    }
+                }
+            for (int r = 0; r < R; r++) {
+                F16 s = load_bf16(scales[r]);
+                for (int m = 0; m < M; m++) {
+                    F16 both = mul(s, set(x.scale[at[m] * x.groups * 16 + lane]));
+                    acc[r][m] = fma(to_float(n[r][m]), both, acc[r][m]);
+                }
+                codes[r] += 512, scales[r] += 16;
+            }
+        }
+        for (int r = 0; r < R; r++)
+            for (int m = 0; m < M; m++)
+                store(out[r][m], chain ? add(load(out[r][m]), acc[r][m]) : acc[r][m]);
+    }
+}
+
+template <int R, int M>
+static void tile_tokens(const Tiles& w, i64 tile, const Bytes& x, const std::int32_t* at, float* out,
+                        i64 stride, const float* bias, i64 row) {
+    float y[R][M][16];
+    tile_block<R, M>(w, tile, x, at, y);
+    for (int r = 0; r < R; r++) {
+        const i64 first = (tile + r) * 16, n = w.rows - first < 16 ? w.rows - first : 16;
+        for (int m = 0; m < M; m++)
+            for (i64 i = 0; i < n; i++)
+                out[m * stride + first - row + i] = y[r][m][i] + (bias ? bias[first - row + i] : 0.f);
+    }
+}
+
+template <int R>
+static void tile_rows(const Tiles& w, i64 tile, const Bytes& x, const std::int32_t* at, i64 tokens,
+                      float* out, i64 stride, const float* bias, i64 row) {
+    i64 t = 0;
+    for (; t + TILE_TOKENS <= tokens; t += TILE_TOKENS)
+        tile_tokens<R, TILE_TOKENS>(w, tile, x, at + t, out + t * stride, stride, bias, row);
+    switch (tokens - t) {
+        case 1: return tile_tokens<R, 1>(w, tile, x, at + t, out + t * stride, stride, bias, row);
+        case 2: return tile_tokens<R, 2>(w, tile, x, at + t, out + t * stride, stride, bias, row);
+        case 3: return tile_tokens<R, 3>(w, tile, x, at + t, out + t * stride, stride, bias, row);
+        case 4: return tile_tokens<R, 4>(w, tile, x, at + t, out + t * stride, stride, bias, row);
+        case 5: return tile_tokens<R, 5>(w, tile, x, at + t, out + t * stride, stride, bias, row);
+    }
+}
+
+static void dot_tiles(const Tiles& w, i64 tile, i64 tiles, const Bytes& x, const std::int32_t* at,
+                      i64 tokens, float* out, i64 stride, const float* bias) {
+    const i64 row = tile * 16;
+    i64 t = tile;
+    for (; t + TILE_PAIR <= tile + tiles; t += TILE_PAIR)
+        tile_rows<TILE_PAIR>(w, t, x, at, tokens, out, stride, bias, row);
+    for (; t < tile + tiles; t++) tile_rows<1>(w, t, x, at, tokens, out, stride, bias, row);
+}
+
+// Four rows x M tokens, lanes over four blocks: lane 4g + r ends up with row r's block 4j + g.
+template <int M>
+static inline void packed_block(const Matrix& w, i64 row, i64 valid, const Bytes& x,
+                                const std::int32_t* at, float* out, i64 stride, const float* bias) {
+    const i64 blocks = w.columns / 32;
+    const std::uint8_t *p[4], *s[4];
+    for (int r = 0; r < 4; r++) {
+        i64 here = row + (r < valid ? r : valid - 1);
+        p[r] = (const std::uint8_t*)w.data + here * blocks * 16;
+        s[r] = w.scales + here * blocks;
+    }
+    const B64 twice = repeat16(TWICE);
+    F16 acc[M];
+    for (int m = 0; m < M; m++) acc[m] = set(0);
+    auto group = [&](i64 j, const B64* raw, I16 e) {
+        F16 scale = floats(half_scales(e));
+        B64 low[4], high[4];
+        for (int r = 0; r < 4; r++)
+            low[r] = pick(twice, low_nibbles(raw[r])), high[r] = pick(twice, high_nibbles(raw[r]));
+        for (int m = 0; m < M; m++) {
+            const i64 g = at[m] * x.groups + j;
+            B64 even = load_bytes(x.q + g * 128), odd = load_bytes(x.q + g * 128 + 64);
+            I16 n[4];
+            for (int r = 0; r < 4; r++) n[r] = dot4(dot4(set_int(0), low[r], even), high[r], odd);
+            I16 all = sum4(n[0], n[1], n[2], n[3]);
+            I16 sums = bits(load((const float*)x.sum + g * 16));
+            all = sub(all, add(left<3>(sums), left<2>(sums)));  // 12 times
+            acc[m] = fma(to_float(all), mul(scale, load(x.scale + g * 16)), acc[m]);
+        }
+    };
+    static_assert(TWICE_OFFSET == 8 + 4);
+    B64 raw[4];
+    i64 j = 0;
+    for (; 4 * j + 4 <= blocks; j++) {
+        for (int r = 0; r < 4; r++) raw[r] = load_bytes(p[r] + j * 64);
+        const std::uint8_t* e[4] = {s[0] + 4 * j, s[1] + 4 * j, s[2] + 4 * j, s[3] + 4 * j};
+        group(j, raw, widen4(e));
+    }
+    if (const int n = int(blocks - 4 * j); n > 0) {  // nothing behind the last row is read
+        std::uint8_t some[4][4] = {};
+        for (int r = 0; r < 4; r++) {
+            raw[r] = load_bytes(p[r] + j * 64, n * 16);
+            __builtin_memcpy(some[r], s[r] + 4 * j, std::size_t(n));
+        }
+        const std::uint8_t* e[4] = {some[0], some[1], some[2], some[3]};
+        group(j, raw, widen4(e));
+    }
+    for (int m = 0; m < M; m++) {
+        float y[16];
+        store(y, acc[m]);
+        for (i64 r = 0; r < valid; r++)
+            out[m * stride + r] = ((y[r] + y[4 + r]) + y[8 + r]) + y[12 + r] + (bias ? bias[r] : 0.f);
+    }
+}
+
+static void dot_packed(const Matrix& w, i64 row, i64 rows, const Bytes& x, const std::int32_t* at,
+                       i64 tokens, float* out, i64 stride, const float* bias) {
+    for (i64 t = 0; t < tokens;) {
+        i64 m = tokens - t < 4 ? tokens - t : 4;
+        for (i64 r = 0; r < rows; r += 4) {
+            i64 valid = rows - r < 4 ? rows - r : 4;
+            float* o = out + t * stride + r;
+            const float* b = bias ? bias + r : nullptr;
+            switch (m) {
+                case 1: packed_block<1>(w, row + r, valid, x, at + t, o, stride, b); break;
+                case 2: packed_block<2>(w, row + r, valid, x, at + t, o, stride, b); break;
+                case 3: packed_block<3>(w, row + r, valid, x, at + t, o, stride, b); break;
+                case 4: packed_block<4>(w, row + r, valid, x, at + t, o, stride, b); break;
+            }
+        }
+        t += m;
+    }
+}
+
+static void unpack_tile(const Matrix& w, i64 row, std::uint8_t* codes, std::uint16_t* scales) {
+    const i64 blocks = w.columns / 32;
+    const B64 twice = repeat16(TWICE);
+    const std::uint8_t *p[16], *s[16];
+    for (int r = 0; r < 16; r++) {
+        bool real = row + r < w.rows;
+        p[r] = real ? (const std::uint8_t*)w.data + (row + r) * blocks * 16 : nullptr;
+        s[r] = real ? w.scales + (row + r) * blocks : nullptr;
+    }
+    for (int chain = 0; chain < 4; chain++)
+        for (i64 b = chain; b < blocks; b += 4, codes += 512, scales += 16) {
+            std::uint8_t turned[4][16][4] = {}, e[16] = {};
+            for (int r = 0; r < 16; r++) {
+                if (!p[r]) continue;
+                for (int j = 0; j < 4; j++) __builtin_memcpy(turned[j][r], p[r] + 16 * b + 4 * j, 4);
+                e[r] = s[r][b];
+            }
+            for (int j = 0; j < 4; j++) {
+                B64 raw = load_bytes(turned[j]);
+                store_bytes(codes + j * 64, pick(twice, low_nibbles(raw)));
+                store_bytes(codes + (4 + j) * 64, pick(twice, high_nibbles(raw)));
+            }
+            store_bf16(scales, floats(half_scales(widen(e))));
+        }
+}
+
+static inline F16 magnitude(F16 x) { return max(x, sub(set(0), x)); }
+
+template <class Row>
+static void round_rows(const Matrix& w, i64 row, std::uint8_t* codes, std::uint16_t* scales) {
+    const i64 blocks = w.blocks(), whole = w.columns / 32;
+    const i64 real = w.rows - row < 16 ? w.rows - row : 16;
+    i64 place[4];  // where each chain begins
+    for (i64 c = 0, at = 0; c < 4; c++) place[c] = at, at += (blocks - c + 3) / 4;
+    for (i64 r = 0; r < 16; r++) {
+        Row here(w, row + (r < real ? r : 0));
+        for (i64 b = 0; b < blocks; b++) {
+            F16 even = set(0), odd = set(0);
+            if (r < real && b < whole) here.get(b, even, odd);
+            else if (r < real) here.tail(b, w.columns % 32, even, odd);
+            // the scale in bfloat16, rounded up: no code exceeds 127
+            float top = most(max(magnitude(even), magnitude(odd))) / 127.f;
+            std::uint32_t up;
+            __builtin_memcpy(&up, &top, 4);
+            up = (up + 0xffffu) & 0xffff0000u;
+            __builtin_memcpy(&top, &up, 4);
+            F16 inverse = set(top > 0.f ? 1.f / top : 0.f);
+            std::int8_t q[32];
+            store_bytes(q, to_int(mul(even, inverse)));
+            store_bytes(q + 16, to_int(mul(odd, inverse)));
+            const i64 at = place[b % 4] + b / 4;
+            for (int j = 0; j < 8; j++) {
+                std::uint32_t four;
+                __builtin_memcpy(&four, q + 4 * j, 4);
+                four ^= 0x80808080u;  // + 128
+                __builtin_memcpy(codes + at * 512 + j * 64 + r * 4, &four, 4);
+            }
+            scales[at * 16 + r] = std::uint16_t(up >> 16);
+        }
+    }
+}
+
+static void round_tile(const Matrix& w, i64 row, std::uint8_t* codes, std::uint16_t* scales) {
+    if (w.format == Format::bf16) return round_rows<Halves>(w, row, codes, scales);
+    round_rows<Floats>(w, row, codes, scales);
+}
+
+static void round_row(const float* x, i64 columns, const Bytes& out, i64 i) {
+    for (i64 g = 0; g < out.groups; g++) {
+        std::int8_t* q = out.q + (i * out.groups + g) * 128;
+        float* scale = out.scale + (i * out.groups + g) * 16;
+        std::int32_t* total = out.sum + (i * out.groups + g) * 16;
+        for (i64 c = 0; c < 4; c++) {
+            const i64 first = (4 * g + c) * 32, n = columns - first < 32 ? columns - first : 32;
+            F16 even = set(0), odd = set(0);
+            if (n == 32) split_floats(x + first, even, odd);
+            else if (n > 0) {
+                float some[32] = {};
+                __builtin_memcpy(some, x + first, std::size_t(n) * 4);
+                split_floats(some, even, odd);
+            }
+            float top = most(max(magnitude(even), magnitude(odd)));
+            F16 inverse = set(top > 0.f ? 127.f / top : 0.f);
+            I16 a = to_int(mul(even, inverse)), b = to_int(mul(odd, inverse));
+            store_bytes(q + c * 16, a), store_bytes(q + 64 + c * 16, b);
+            float s = top / 127.f;
+            std::int32_t n_sum = std::int32_t(sum(add(to_float(a), to_float(b))));
+            for (int r = 0; r < 4; r++) scale[c * 4 + r] = s, total[c * 4 + r] = n_sum;
+        }
+    }
+}

@@ -1,0 +1,3 @@
+#include "vec_avx512.hpp"
+
+#include "isa.inl"

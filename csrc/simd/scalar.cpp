@@ -1,0 +1,3 @@
+#include "vec_scalar.hpp"
+
+#include "isa.inl"
