@@ -191,5 +191,5 @@ def test_memory_that_runs_out_is_said(gptoss_, toy, monkeypatch, error):
     def load(*args, **options):
         raise error
 
-    monkeypatch.setattr("gptoss.cli.options.load", load)
+    monkeypatch.setattr("gptoss.cli.options.Loading.load", load)
     assert "no more memory" in sentence(gptoss_("generate", toy, "-p", "x"))

@@ -12,9 +12,8 @@ from contextlib import suppress
 from datetime import date
 from typing import TYPE_CHECKING, Annotated, get_args
 
-import typer
-
 from gptoss.cli import options
+from gptoss.cli.arguments import Option
 from gptoss.cli.terminal import Screen, decoded, typed
 from gptoss.errors import ContextExceeded
 
@@ -29,29 +28,18 @@ HELP = "/effort low|medium|high, /reset forgets all, /quit; to say /word, write 
 def run(
     model: options.Model = "nano",
     effort: options.Effort = "medium",
-    instructions: Annotated[
-        str | None, typer.Option(help="what the developer tells the model", show_default=False)
-    ] = None,
-    temperature: options.Temperature = 1.0,
-    limit: options.Limit = None,
-    top_k: options.TopK = 0,
-    top_p: options.TopP = 1.0,
-    min_p: options.MinP = 0.0,
-    seed: options.Seed = None,
-    backend: options.Backend = "auto",
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    context: options.Context = None,
-    force: options.Force = False,
-    quiet: options.Quiet = False,
+    instructions: Annotated[str | None, Option(help="what the developer tells the model")] = None,
+    *,
+    drawing: options.Drawing,
+    loading: options.Loading,
 ) -> None:
     """Talk with the model. Ctrl-C stops an answer, Ctrl-D ends the conversation."""
-    how = options.drawing(temperature, limit, top_k, top_p, min_p, seed)
+    how = drawing.checked()
     if instructions is not None:
         instructions = typed(instructions, "--instructions")
-    llm = options.load(model, backend, dtype, device, context, force=force, quiet=quiet)
+    llm = loading.load(model)
     chat = Chat(llm, effort, instructions, how)
-    if sys.stdin.isatty() and not quiet:
+    if sys.stdin.isatty() and not loading.quiet:
         chat.screen.note(HELP)
     while (line := ask(chat.screen)) is not None:
         try:

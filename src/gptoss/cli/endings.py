@@ -7,8 +7,7 @@ from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import ParamSpec
 
-import typer
-
+from gptoss.cli.arguments import WrongCommandLine
 from gptoss.errors import GptOssError
 
 P = ParamSpec("P")
@@ -26,10 +25,10 @@ def guarded(run: Callable[P, None]) -> Callable[P, None]:
             run(*args, **kwargs)
             sys.stdout.flush()
         except KeyboardInterrupt:
-            raise typer.Exit(130) from None
+            raise SystemExit(130) from None
         except BrokenPipeError:
             _silence(sys.stdout)
-            raise typer.Exit(141) from None
+            raise SystemExit(141) from None
         except GptOssError as error:
             raise _failed(str(error)) from None
         except MemoryError:
@@ -51,7 +50,7 @@ def usage() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+        raise WrongCommandLine(str(error)) from None
 
 
 def _furnish() -> None:
@@ -65,10 +64,10 @@ def _furnish() -> None:
         sys.stdin = os.fdopen(os.open(os.devnull, os.O_RDONLY))
 
 
-def _failed(sentence: str) -> typer.Exit:
+def _failed(sentence: str) -> SystemExit:
     with suppress(OSError):
         print(f"gptoss: {sentence}", file=sys.stderr)
-    return typer.Exit(1)
+    return SystemExit(1)
 
 
 def _silence(stream: object) -> None:

@@ -12,9 +12,8 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from gptoss.cli import options
+from gptoss.cli.arguments import Option, WrongCommandLine
 from gptoss.cli.endings import usage
 from gptoss.cli.terminal import Screen, decoded, shown, typed
 
@@ -27,33 +26,24 @@ if TYPE_CHECKING:
 def run(
     model: options.Model = "nano",
     prompt: Annotated[
-        str | None, typer.Option("-p", "--prompt", help='the prompt; "-" or nothing: stdin')
+        str | None, Option("-p", "--prompt", help='the prompt; "-" or nothing: stdin')
     ] = None,
     raw: Annotated[
-        bool, typer.Option("--raw", help="continue the text itself; special tokens count")
+        bool, Option("--raw", help="continue the text itself; special tokens count")
     ] = False,
     logprobs: Annotated[
-        bool, typer.Option("--logprobs", help="a line per token: id, log-probability, text")
+        bool, Option("--logprobs", help="a line per token: id, log-probability, text")
     ] = False,
     json_: options.Json = False,
     effort: options.Effort = "medium",
-    temperature: options.Temperature = 1.0,
-    limit: options.Limit = None,
-    top_k: options.TopK = 0,
-    top_p: options.TopP = 1.0,
-    min_p: options.MinP = 0.0,
-    seed: options.Seed = None,
-    backend: options.Backend = "auto",
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    context: options.Context = None,
-    force: options.Force = False,
-    quiet: options.Quiet = False,
+    *,
+    drawing: options.Drawing,
+    loading: options.Loading,
 ) -> None:
     """Answer a prompt: thoughts on stderr, the answer on stdout."""
-    how = options.drawing(temperature, limit, top_k, top_p, min_p, seed)
+    how = drawing.checked()
     text = read_prompt(prompt)
-    llm = options.load(model, backend, dtype, device, context, force=force, quiet=quiet)
+    llm = loading.load(model)
     if raw or logprobs:
         with usage():
             tokens = prompt_tokens(llm, text, None if raw else effort)
@@ -66,25 +56,24 @@ def run(
 def read_prompt(given: str | None) -> str:
     """The option's text, or stdin without its last line end. Raises GptOssError if not UTF-8."""
     if given is None and sys.stdin.isatty():
-        raise typer.BadParameter("there is no prompt: give -p TEXT, or pipe it in")
+        raise WrongCommandLine("there is no prompt: give -p TEXT, or pipe it in")
     if given in (None, "-"):
         text = decoded(sys.stdin.buffer.read(), "stdin").removesuffix("\n")
     else:
         assert given is not None
         text = typed(given, "--prompt")
     if not text:
-        raise typer.BadParameter("the prompt is empty")
+        raise WrongCommandLine("the prompt is empty")
     return text
 
 
 def prompt_tokens(llm: LLM, text: str, effort: Effort | None) -> list[int]:
     """The text itself, or (with an effort) as a user's message."""
     from gptoss.llm.llm import conversation
-    from gptoss.text.harmony import render_for_completion
 
     if effort is None:
         return llm.tokenizer.encode_with_specials(text)
-    return render_for_completion(conversation(text, effort=effort), llm.tokenizer)
+    return llm.prompt(conversation(text, effort=effort))
 
 
 def answer(llm: LLM, text: str, effort: Effort, how: Options, as_json: bool) -> None:

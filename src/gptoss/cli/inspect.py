@@ -11,9 +11,8 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from gptoss.cli import options
+from gptoss.cli.arguments import Option
 
 if TYPE_CHECKING:
     from gptoss.checkpoint.open import Checkpoint
@@ -23,7 +22,7 @@ def run(
     model: options.Model = "nano",
     json_: options.Json = False,
     check: Annotated[
-        bool, typer.Option("--check", help="read every weight and refuse NaN and infinity")
+        bool, Option("--check", help="read every weight and refuse NaN and infinity")
     ] = False,
 ) -> None:
     """Config, layout and every tensor of a checkpoint."""

@@ -1,47 +1,95 @@
 """``gptoss COMMAND``: dispatch, and nothing else.
 
 Exit status: 0 fine, 1 the world is wrong (files, memory, network), 2 the command line is wrong,
-130 interrupted, 141 nobody reads our output any more (1, where that output is --help's).
+130 interrupted, 141 nobody reads our output any more.
 """
 
-from typing import Annotated
-
-import typer
+import sys
+from collections.abc import Callable
+from typing import Any
 
 from gptoss import __version__
-from gptoss.cli import chat, convert, generate, inspect, models, synthesize
+from gptoss.cli.arguments import WrongCommandLine, columns, explained, parse
 from gptoss.cli.endings import guarded
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.command("generate")(guarded(generate.run))
-app.command("chat")(guarded(chat.run))
-app.command("inspect")(guarded(inspect.run))
-app.command("convert")(guarded(convert.run))
-app.command("synthesize")(guarded(synthesize.run))
-app.command("models")(guarded(models.run))
+COMMANDS = ("generate", "chat", "inspect", "convert", "synthesize", "models")
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"gptoss {__version__}")
-        raise typer.Exit
+def command(name: str) -> Callable[..., None]:
+    """What runs it. Only its own file is imported."""
+    match name:
+        case "generate":
+            from gptoss.cli import generate
 
+            return generate.run
+        case "chat":
+            from gptoss.cli import chat
 
-@app.callback()
-def _about(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
-    ] = False,
-) -> None:
-    """gpt-oss: run it, look into it, convert it."""
+            return chat.run
+        case "inspect":
+            from gptoss.cli import inspect
+
+            return inspect.run
+        case "convert":
+            from gptoss.cli import convert
+
+            return convert.run
+        case "synthesize":
+            from gptoss.cli import synthesize
+
+            return synthesize.run
+        case "models":
+            from gptoss.cli import models
+
+            return models.run
+    near = [known for known in COMMANDS if known.startswith(name[:1])]
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise WrongCommandLine(f"there is no command {name!r}{hint}")
 
 
 def main() -> None:
     """Run the command that ``sys.argv`` names; ends in SystemExit."""
-    app(prog_name="gptoss")
+    guarded(_main)(sys.argv[1:])
+    sys.exit(0)
+
+
+def _main(typed: list[str]) -> None:
+    title = "gptoss"
+    try:
+        match typed:
+            case []:
+                print(_about(), file=sys.stderr)
+                sys.exit(2)
+            case ["-h" | "--help", *_]:
+                print(_about())
+            case ["--version", *_]:
+                print(f"gptoss {__version__}")
+            case [name, *words]:
+                run = command(name)
+                title = f"gptoss {name}"
+                if _asks_for_help(words):
+                    print(explained(title, run))
+                else:
+                    run(**parse(run, words))
+    except WrongCommandLine as error:
+        print(f"{title}: {error} (see `{title} --help`)", file=sys.stderr)
+        sys.exit(2)
+
+
+def _asks_for_help(words: list[str]) -> bool:
+    said = words[: words.index("--")] if "--" in words else words
+    return "-h" in said or "--help" in said
+
+
+def _about() -> str:
+    docs: list[tuple[str, Any]] = [(name, command(name).__doc__) for name in COMMANDS]
+    rows = [(name, doc.splitlines()[0]) for name, doc in docs]
+    return "\n".join(
+        [
+            "usage: gptoss COMMAND ...; gptoss COMMAND --help; gptoss --version",
+            "",
+            "gpt-oss: run it, look into it, convert it.",
+            "",
+            columns(rows),
+        ]
+    )

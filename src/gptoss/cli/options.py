@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
-
+from gptoss.cli.arguments import Argument, Option
 from gptoss.cli.endings import usage
 from gptoss.cli.terminal import bar
 
@@ -16,87 +16,104 @@ if TYPE_CHECKING:
 
 Model = Annotated[
     str,
-    typer.Argument(
-        help='"nano", a checkpoint\'s path, or a Hugging Face id', envvar="GPTOSS_MODEL"
-    ),
+    Argument(help='"nano", a checkpoint\'s path, or a Hugging Face id', envvar="GPTOSS_MODEL"),
 ]
 Backend = Annotated[
-    str,
-    typer.Option("-b", "--backend", help="auto, reference or torch", envvar="GPTOSS_BACKEND"),
+    str, Option("-b", "--backend", help="auto, native, torch or reference", envvar="GPTOSS_BACKEND")
+]
+Precision = Annotated[
+    Literal["exact", "fast"] | None,
+    Option(
+        help="native: weights as published, or 8 bits", default="fast, or exact for a tiny model"
+    ),
+]
+Threads = Annotated[
+    int | None, Option(min=1, help="native: how many compute", default="one for each core")
 ]
 Dtype = Annotated[
-    str | None, typer.Option(help="compute in float32, bfloat16 or float64", show_default=False)
+    str | None, Option(help="torch, reference: compute in float32, bfloat16 or float64")
 ]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default what there is")]
+Device = Annotated[str | None, Option(help="torch: cpu or cuda", default="what there is")]
 Context = Annotated[
     int | None,
-    typer.Option(min=1, help="room for conversation and answer, in tokens", show_default="16384"),
+    Option(min=1, help="room for conversation and answer, in tokens", default="16384"),
 ]
-Force = Annotated[bool, typer.Option("--force", help="load even if memory is too little")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="do not say how the model is loaded")]
-Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
+Force = Annotated[bool, Option(help="load even if memory is too little")]
+Quiet = Annotated[bool, Option("-q", "--quiet", help="do not say how the model is loaded")]
+Json = Annotated[bool, Option("--json", help="one JSON document on stdout")]
 Level = Literal["low", "medium", "high"]
-Effort = Annotated[Level, typer.Option(help="how much the model thinks first")]
+Effort = Annotated[Level, Option(help="how much the model thinks first")]
 Temperature = Annotated[
-    float, typer.Option("-t", "--temperature", min=0.0, help="0 takes the likeliest token always")
+    float, Option("-t", "--temperature", min=0.0, help="0 takes the likeliest token always")
 ]
-Limit = Annotated[
-    int | None, typer.Option("-l", "--limit", min=1, help="most tokens of the answer")
-]
-TopK = Annotated[int, typer.Option("--top-k", min=0, help="draw from the k likeliest; 0: from all")]
-TopP = Annotated[float, typer.Option("--top-p", help="draw from the likeliest that make up p")]
-MinP = Annotated[
-    float, typer.Option("--min-p", min=0.0, max=1.0, help="least fraction of the likeliest's share")
-]
-Seed = Annotated[
-    int | None, typer.Option(min=0, help="the same seed gives the same answer", show_default=False)
-]
+Limit = Annotated[int | None, Option("-l", "--limit", min=1, help="most tokens of the answer")]
+TopK = Annotated[int, Option(min=0, help="draw from the k likeliest; 0: from all")]
+TopP = Annotated[float, Option(help="draw from the likeliest that make up p")]
+MinP = Annotated[float, Option(min=0.0, max=1.0, help="least fraction of the likeliest's share")]
+Seed = Annotated[int | None, Option(min=0, help="the same seed gives the same answer")]
 
 
-def drawing(
-    temperature: float, limit: int | None, top_k: int, top_p: float, min_p: float, seed: int | None
-) -> Options:
-    """How to draw, checked: a slip must not wait for a large model to be loaded."""
-    from gptoss.backends.protocol import Sampling
-    from gptoss.engine import uniform
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How tokens are drawn."""
 
-    with usage():
-        Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-        uniform(seed or 0, 0)
-    return {
-        "temperature": temperature,
-        "max_tokens": limit,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "seed": seed,
-    }
+    temperature: Temperature = 1.0
+    limit: Limit = None
+    top_k: TopK = 0
+    top_p: TopP = 1.0
+    min_p: MinP = 0.0
+    seed: Seed = None
+
+    def checked(self) -> Options:
+        """The same for the library. A slip must not wait for a large model to be loaded."""
+        from gptoss.backends.protocol import Sampling
+        from gptoss.engine import uniform
+
+        with usage():
+            Sampling(
+                temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p
+            )
+            uniform(self.seed or 0, 0)
+        return {
+            "temperature": self.temperature,
+            "max_tokens": self.limit,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            "min_p": self.min_p,
+            "seed": self.seed,
+        }
 
 
-def load(
-    model: str,
-    backend: str,
-    dtype: str | None,
-    device: str | None,
-    context: int | None,
-    *,
-    force: bool,
-    quiet: bool,
-) -> LLM:
-    """The model, after saying on stderr how it will be run."""
-    from gptoss.llm import LLM
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How a model is run."""
 
-    def announce(plan: object) -> None:
-        print(plan, file=sys.stderr, flush=True)
+    backend: Backend = "auto"
+    precision: Precision = None
+    threads: Threads = None
+    dtype: Dtype = None
+    device: Device = None
+    context: Context = None
+    force: Force = False
+    quiet: Quiet = False
 
-    with usage(), bar("loading") as progress:
-        return LLM.load(
-            model,
-            backend,
-            dtype,
-            device,
-            context,
-            force=force,
-            announce=None if quiet else announce,
-            progress=progress,
-        )
+    def load(self, model: str) -> LLM:
+        """The model, after saying on stderr how it will be run."""
+        from gptoss.llm import LLM
+
+        def announce(plan: object) -> None:
+            print(plan, file=sys.stderr, flush=True)
+
+        with usage(), bar("loading") as progress:
+            return LLM.load(
+                model,
+                self.backend,
+                self.dtype,
+                self.device,
+                self.context,
+                precision=self.precision,
+                threads=self.threads,
+                force=self.force,
+                announce=None if self.quiet else announce,
+                progress=progress,
+            )

@@ -9,30 +9,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
-
 from gptoss.cli import options
+from gptoss.cli.arguments import Argument, Option, WrongCommandLine
 from gptoss.cli.terminal import bar
 
 
 def run(
-    preset: Annotated[Literal["20b", "120b", "nano"], typer.Argument(help="whose shapes")],
-    target: Annotated[Path, typer.Argument(help="the directory to make")],
+    preset: Annotated[Literal["20b", "120b", "nano"], Argument(help="whose shapes")],
+    target: Annotated[Path, Argument(help="the directory to make")],
     layout: Annotated[
-        Literal["original", "huggingface", "huggingface-bf16"], typer.Option(help="layout")
+        Literal["original", "huggingface", "huggingface-bf16"], Option(help="layout")
     ] = "huggingface",
     seed: options.Seed = 0,
     layers: Annotated[
-        int | None, typer.Option(min=1, max=4096, help="layers, if not the preset's")
+        int | None, Option(min=1, max=4096, help="layers, if not the preset's")
     ] = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="a tokenizer.json to copy")
-    ] = None,
+    tokenizer: Annotated[Path | None, Option(help="a tokenizer.json to copy")] = None,
 ) -> None:
     """Write random weights that behave well. They appear whole, or not at all."""
     from gptoss.checkpoint.synthesize import synthesize
     from gptoss.model.config import PRESETS
 
+    if tokenizer is not None and not tokenizer.is_file():
+        raise WrongCommandLine(f"--tokenizer: {tokenizer} is no file")
     config = PRESETS[preset]()
     if layers is not None:
         config = replace(config, num_hidden_layers=layers)
