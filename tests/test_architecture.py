@@ -18,7 +18,8 @@ FLOORS = [
     {"backends"},
     {"engine"},
     {"llm"},
-    {"cli", "server", "train", "verify", "bench"},
+    {"server", "train", "verify", "bench"},
+    {"cli"},
 ]
 DATA = {"assets"}  # no code at all
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
@@ -38,6 +39,7 @@ ELSEWHERE = {
     "ttnn": ("backends/ttnn",),
 }
 OPTIONAL = {"torch", "triton", "mlx", "ttnn", "huggingface_hub"}  # the package works without
+COMPILED = ("backends/native", "bench")  # who calls gptoss._core: to run models, to measure
 JUDGES = {"transformers", "openai_harmony", "safetensors"}  # of the tests, never of the package
 BORROWS = {"triton": {"torch"}}  # the one connecting door between rooms of backends/
 
@@ -107,8 +109,8 @@ def _faults_at_home(
     if room == "__init__":
         return  # the front door sees the whole house
     if rest and rest[0] == "_core":  # the compiled part
-        if path.parent.as_posix() != "backends/native":
-            yield "only backends/native may import gptoss._core"
+        if path.parent.as_posix() not in COMPILED:
+            yield f"only {' and '.join(COMPILED)} may import gptoss._core"
         return
     if not rest or rest[0] not in FLOOR:
         if FLOOR[room] < len(FLOORS) - 1:  # ``from gptoss import x``: the front door
@@ -209,6 +211,7 @@ def test_a_breach_is_seen(file, source, fault):
         ("backends/triton/a.py", "import torch, triton\nfrom gptoss.backends.torch import x"),
         ("backends/__init__.py", "def f():\n    from gptoss.backends.torch import TorchBackend"),
         ("backends/native/a.py", "from gptoss import _core"),
+        ("bench/a.py", "def f():\n    from gptoss import _core"),
         ("train/a.py", "import torch\nfrom gptoss.backends.torch.modules import Transformer"),
         ("cli/a.py", "import os\nfrom gptoss import __version__\nos.environ['GPTOSS_X']"),
         ("llm/a.py", "def f():\n    from huggingface_hub import snapshot_download"),

@@ -12,7 +12,7 @@ from gptoss import __version__
 from gptoss.cli.arguments import WrongCommandLine, columns, explained, parse
 from gptoss.cli.endings import guarded
 
-COMMANDS = ("generate", "chat", "inspect", "convert", "synthesize", "models")
+COMMANDS = ("generate", "chat", "inspect", "convert", "synthesize", "models", "bench")
 
 
 def command(name: str) -> Callable[..., None]:
@@ -42,6 +42,10 @@ def command(name: str) -> Callable[..., None]:
             from gptoss.cli import models
 
             return models.run
+        case "bench":
+            from gptoss.cli import bench
+
+            return bench.run
     near = [known for known in COMMANDS if known.startswith(name[:1])]
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise WrongCommandLine(f"there is no command {name!r}{hint}")
