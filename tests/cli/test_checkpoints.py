@@ -50,8 +50,22 @@ def test_convert_leaves_nothing_half_written(gptoss_, toy, tmp_path):
 
 
 def test_an_unknown_layout_is_a_wrong_command_line(gptoss_, toy, tmp_path):
-    status, _, err = gptoss_("convert", toy, tmp_path / "new", "--to", "gguf")
-    assert status == 2 and "gguf" in err
+    status, _, err = gptoss_("convert", toy, tmp_path / "new", "--to", "zip")
+    assert status == 2 and "zip" in err
+
+
+def test_convert_writes_a_gguf(gptoss_, toy, tmp_path):
+    sizes = []
+    for words in ((), ("--dense", "bf16"), ("--dense", "q8_0")):
+        target = tmp_path / f"{len(sizes)}.gguf"
+        status, out, err = gptoss_("convert", toy, target, "--to", "gguf", *words)
+        assert (status, out) == (0, "") and "gguf" in err
+        assert target.read_bytes().startswith(b"GGUF")
+        sizes.append(target.stat().st_size)
+    assert sizes[0] == sizes[1] > sizes[2]
+    for words in (("--to", "gguf"), ("--to", "original", "--dense", "bf16")):
+        status, _, err = gptoss_("convert", toy, tmp_path / "new", *words)
+        assert status == 2 and len(err.splitlines()) == 1
 
 
 def test_synthesize_makes_a_checkpoint_that_runs(gptoss_, toy, tmp_path):
