@@ -1,0 +1,316 @@
+// Attention of some queries of one key head: the inner loops. Included once per instruction set.
+//
+// Every score and every output is one chain of fused multiply-adds in the order of d and of the
+// keys. So its bits depend on the query, its past and nothing else: neither on the tile nor on
+// where the chain is held meanwhile.
+
+namespace attention {
+
+// Accumulators in registers: sixteen where there are thirty-two registers, else eight halves.
+inline constexpr int ROWS = GEMM_ROWS * GEMM_TOKENS >= 16 ? 8 : 4;
+inline constexpr int WIDE = GEMM_ROWS * GEMM_TOKENS >= 16 ? 2 : 1;
+inline constexpr i64 FEW = 3;  // queries for which keys and values are widened again and again
+inline constexpr float LOG2E = 1.44269504f;
+inline constexpr float NOTHING = -1e30f;  // the maximum of no scores: finite, so that it can be subtracted
+
+static inline F16 widen(const std::uint16_t* p) { return load_bf16(p); }
+static inline F16 widen(const float* p) { return load(p); }
+static inline void keep_as(std::uint16_t* p, F16 x) { store_bf16(p, x); }
+static inline void keep_as(float* p, F16 x) { store(p, x); }
+
+// 2 ** x for x <= 0: x = n + r, |r| <= 1/2, a polynomial of degree 6 for 2 ** r. Within 1 unit in
+// the last place down to 2 ** -126, 0 below; NaN stays NaN.
+static inline F16 power_of_two(F16 x) {
+    x = max(set(-150.f), x);
+    const I16 n = to_int(x);
+    const F16 r = sub(x, to_float(n));
+    F16 p = set(0x1.41fbbcp-13f);
+    p = fma(p, r, set(0x1.5f3e54p-10f));
+    p = fma(p, r, set(0x1.3b2d4cp-7f));
+    p = fma(p, r, set(0x1.c6aee8p-5f));
+    p = fma(p, r, set(0x1.ebfbdcp-3f));
+    p = fma(p, r, set(0x1.62e430p-1f));
+    p = fma(p, r, set(1.f));
+    return mul(p, floats(left<23>(max(add(n, set_int(127)), set_int(0)))));
+}
+
+static inline F16 load_some(const float* p, i64 n) {  // the first n, then zeros
+    if (n >= 16) return load(p);
+    float some[16] = {};
+    __builtin_memcpy(some, p, std::size_t(n) * 4);
+    return load(some);
+}
+
+// A matrix [k, n] of vectors: (k, n) is at p + k * step + n * next. What will be wanted after it is
+// fetched meanwhile from `ahead` on, as much as is read here.
+template <class T>
+struct Vectors {
+    const T* p;
+    i64 step, next;
+    const T* ahead;
+};
+
+// c[m, n] = c[m, n] * scale[m] (or 0) + sum over k < count of a[m, k] * b[k, n], k in order
+template <int M, int N, class T>
+static inline void multiply_block(const float* a, i64 a_step, Vectors<T> b, i64 count, float* c, i64 c_step,
+                                  const float* scale) {
+    F16 sum[M][N];
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++)
+            sum[m][n] = scale ? mul(load(c + m * c_step + 16 * n), set(scale[m])) : set(0);
+    for (i64 k = 0; k < count; k++) {
+        // Into the second cache: the first is full of what is being read.
+        if constexpr (sizeof(T) == 2) __builtin_prefetch(b.ahead + k * N * 16, 0, 2);
+        F16 row[N];
+        for (int n = 0; n < N; n++) row[n] = widen(b.p + k * b.step + n * b.next);
+        for (int m = 0; m < M; m++) {
+            const F16 x = set(a[m * a_step + k]);
+            for (int n = 0; n < N; n++) sum[m][n] = fma(x, row[n], sum[m][n]);
+        }
+    }
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++) store(c + m * c_step + 16 * n, sum[m][n]);
+}
+
+template <int M, int N, class T>
+static inline void multiply_rows(i64 rows, const float* a, i64 a_step, const Vectors<T>& b, i64 count, float* c,
+                                 i64 c_step, const float* scale) {
+    for (; rows >= M; rows -= M, a += M * a_step, c += M * c_step) {
+        multiply_block<M, N>(a, a_step, b, count, c, c_step, scale);
+        if (scale) scale += M;
+    }
+    if constexpr (M > 1)
+        if (rows) multiply_rows<M - 1, N>(rows, a, a_step, b, count, c, c_step, scale);
+}
+
+template <class T>
+static inline void multiply(i64 rows, i64 vectors, const float* a, i64 a_step, Vectors<T> b, i64 count, float* c,
+                            i64 c_step, const float* scale) {
+    auto columns = [&]<int N>() {
+        for (; vectors >= N; vectors -= N, b.p += N * b.next, b.ahead += N * 16 * count, c += N * 16)
+            multiply_rows<ROWS, N>(rows, a, a_step, b, count, c, c_step, scale);
+    };
+    columns.template operator()<WIDE>();
+    columns.template operator()<1>();
+}
+
+// A result on its way, of n = queries * group heads: the mixed values, not yet divided by the sum
+// of the shares, and the maximum (in base 2) that the shares are relative to.
+struct Part {
+    float *mixed, *most, *sum;  // [n, padded], [n], [n]
+    Part(float* p, i64 n, i64 padded) : mixed(p), most(p + n * padded), sum(most + n) {}
+};
+
+static i64 part_size(const Attention& a, i64 queries) { return queries * a.group() * (a.padded() + 2); }
+
+// A thread's memory: all that one tile needs.
+struct Room {
+    i64 size = 0;
+    float *q, *sums, *scores, *keys, *values, *part, *total;
+    Room(const Attention& a, i64 queries, float* memory) {
+        const i64 n = queries * a.group();
+        auto take = [&](i64 floats) {
+            float* at = memory ? memory + size : nullptr;
+            size += (floats + 15) / 16 * 16;
+            return at;
+        };
+        q = take(n * a.d);                      // [queries, group, d], scaled
+        sums = take(n * 16);                    // [queries, group, 16]
+        scores = take(a.group() * BLOCK);       // [group, BLOCK]
+        keys = take(BLOCK * a.d);               // [BLOCK / 16, d, 16]
+        values = take(BLOCK * a.padded());      // [BLOCK, padded]
+        part = take(part_size(a, queries));
+        total = take(part_size(a, queries));
+    }
+};
+
+static i64 room_size(const Attention& a, i64 queries) { return Room(a, queries, nullptr).size; }
+
+// One query's heads over keys [from, to) of a block: the running softmax of Milakov & Gimelshein
+// 2018, https://arxiv.org/abs/1805.02867.
+template <class T>
+static inline void step(i64 G, i64 d, i64 padded, const float* q, const T* keys, const T* values, const T* next, i64 from,
+                        i64 to, float* scores, float* mixed, float* most_so_far, float* sums) {
+    const i64 first = from / 16, last = (to - 1) / 16;
+    multiply(G, last - first + 1, q, d, Vectors<T>{keys + first * 16 * d, 16, 16 * d, next}, d, scores + first * 16,
+             BLOCK, nullptr);
+    for (i64 g = 0; g < G; g += 16) {
+        const i64 some = G - g < 16 ? G - g : 16;
+        float was[16] = {}, now[16] = {}, shrink[16];
+        for (i64 i = 0; i < some; i++) {
+            float* s = scores + (g + i) * BLOCK;
+            store(s + 16 * first, keep(load(s + 16 * first), int(from - 16 * first), 16, -__builtin_inff()));
+            store(s + 16 * last, keep(load(s + 16 * last), 0, int(to - 16 * last), -__builtin_inff()));
+            F16 high = load(s + 16 * first);
+            for (i64 v = first + 1; v <= last; v++) high = max(high, load(s + 16 * v));
+            const float top = most(high);
+            was[i] = most_so_far[g + i];
+            now[i] = was[i] > top ? was[i] : top;
+            most_so_far[g + i] = now[i];
+        }
+        store(shrink, power_of_two(sub(load(was), load(now))));
+        for (i64 i = 0; i < some; i++) {
+            float* s = scores + (g + i) * BLOCK;
+            F16 total = mul(load(sums + (g + i) * 16), set(shrink[i]));
+            for (i64 v = first; v <= last; v++) {
+                const F16 share = power_of_two(sub(load(s + 16 * v), set(now[i])));
+                store(s + 16 * v, share);
+                total = add(total, share);
+            }
+            store(sums + (g + i) * 16, total);
+        }
+        multiply(some, padded / 16, scores + g * BLOCK + from, BLOCK,
+                 Vectors<T>{values + from * padded, padded, 16, next + PAGE * d}, to - from, mixed + g * padded, padded,
+                 shrink);
+    }
+}
+
+struct Seen {  // the keys [from, to) a query sees
+    i64 from, to;
+    Seen(const Attention& a, i64 position) : from(0), to(position + 1) {
+        if (a.window && to > a.window) from = to - a.window;
+    }
+};
+
+static inline i64 later(i64 a, i64 b) { return a > b ? a : b; }
+static inline i64 sooner(i64 a, i64 b) { return a < b ? a : b; }
+
+// The tile's queries over the keys of one chunk.
+template <class T>
+static inline void attend_chunk(const Attention& a, const Row& row, const Tile& tile, i64 chunk,
+                                const Room& room, const Part& part) {
+    const i64 G = a.group(), d = a.d, padded = a.padded(), queries = tile.to - tile.from, n = queries * G;
+    for (i64 i = 0; i < n * padded; i += 16) store(part.mixed + i, set(0));
+    for (i64 i = 0; i < n; i++) part.most[i] = NOTHING, store(room.sums + i * 16, set(0));
+    const i64 first = later(Seen(a, row.past + tile.from).from, chunk * CHUNK);
+    const i64 end = sooner(row.past + tile.to, (chunk + 1) * CHUNK);
+    for (i64 at = first / BLOCK * BLOCK; at < end; at += BLOCK) {
+        const T* keys = (const T*)row.pages[at / PAGE] + tile.head * a.head_size();
+        const T* values = keys + PAGE * d + at % PAGE * padded;
+        keys += at % PAGE * d;
+        const i64 then = at + BLOCK < end ? at + BLOCK : at;
+        const T* next = (const T*)row.pages[then / PAGE] + tile.head * a.head_size() + then % PAGE * d;
+        const bool often = sizeof(T) < 4 && queries >= FEW;
+        if (often) {
+            for (i64 i = 0; i < BLOCK * d; i += 16) store(room.keys + i, widen(keys + i));
+            for (i64 i = 0; i < BLOCK * padded; i += 16) store(room.values + i, widen(values + i));
+        }
+        for (i64 i = 0; i < queries; i++) {
+            const Seen seen(a, row.past + tile.from + i);
+            const i64 from = later(seen.from - at, 0), to = sooner(seen.to - at, BLOCK);
+            if (from >= to) continue;
+            auto run = [&](auto* k, auto* v, auto* next) {
+                step(G, d, padded, room.q + i * G * d, k, v, next, from, to, room.scores, part.mixed + i * G * padded,
+                     part.most + i * G, room.sums + i * G * 16);
+            };
+            if (often) run((const float*)room.keys, (const float*)room.values, (const float*)room.keys);
+            else run(keys, values, next);
+        }
+    }
+    for (i64 i = 0; i < n; i++) part.sum[i] = sum(load(room.sums + i * 16));
+}
+
+// total = the sink alone
+static inline void begin(const Attention& a, const Tile& tile, const Part& total) {
+    const i64 G = a.group(), n = (tile.to - tile.from) * G;
+    for (i64 i = 0; i < n * a.padded(); i += 16) store(total.mixed + i, set(0));
+    for (i64 i = 0; i < n; i++) total.most[i] = a.sinks[tile.head * G + i % G] * LOG2E, total.sum[i] = 1.f;
+}
+
+// total += a chunk's part, for the queries that see any of it
+static inline void add_chunk(const Attention& a, const Row& row, const Tile& tile, i64 chunk, const Part& part,
+                             const Part& total) {
+    const i64 G = a.group(), padded = a.padded();
+    for (i64 i = 0; i < tile.to - tile.from; i++) {
+        const Seen seen(a, row.past + tile.from + i);
+        if (seen.from >= (chunk + 1) * CHUNK || seen.to <= chunk * CHUNK) continue;
+        for (i64 j = i * G; j < (i + 1) * G; j++) {
+            const float top = total.most[j] > part.most[j] ? total.most[j] : part.most[j];
+            const F16 old = power_of_two(set(total.most[j] - top)), fresh = power_of_two(set(part.most[j] - top));
+            total.most[j] = top;
+            float by[2][16];
+            store(by[0], old), store(by[1], fresh);
+            total.sum[j] = __builtin_fmaf(part.sum[j], by[1][0], total.sum[j] * by[0][0]);
+            for (i64 c = j * padded; c < (j + 1) * padded; c += 16)
+                store(total.mixed + c, fma(load(part.mixed + c), fresh, mul(load(total.mixed + c), old)));
+        }
+    }
+}
+
+static inline void finish(const Attention& a, const Row& row, const Tile& tile, const Part& total) {
+    const i64 G = a.group(), d = a.d, padded = a.padded();
+    for (i64 j = 0; j < (tile.to - tile.from) * G; j++) {
+        float* out = a.out + ((row.start + tile.from + j / G) * a.H + tile.head * G + j % G) * d;
+        for (i64 c = 0; c < d; c += 16) {
+            float some[16];
+            store(some, div(load(total.mixed + j * padded + c), set(total.sum[j])));
+            __builtin_memcpy(out + c, some, std::size_t(sooner(16, d - c)) * 4);
+        }
+    }
+}
+
+template <class T>
+static inline void attend_tile(const Attention& a, const Row& row, const Tile& tile, float* parts, float* memory) {
+    const i64 G = a.group(), d = a.d, queries = tile.to - tile.from, n = queries * G;
+    const Room room(a, queries, memory);
+    const float scale = LOG2E / __builtin_sqrtf(float(d));
+    for (i64 i = 0; i < queries; i++) {
+        const float* q = a.q + (row.start + tile.from + i) * a.q_step + tile.head * G * d;
+        for (i64 c = 0; c < G * d; c++) room.q[i * G * d + c] = q[c] * scale;
+    }
+    if (tile.chunk >= 0)
+        return attend_chunk<T>(a, row, tile, tile.chunk, room, Part(parts + tile.part, n, a.padded()));
+    const Part part(room.part, n, a.padded()), total(room.total, n, a.padded());
+    begin(a, tile, total);
+    const i64 first = Seen(a, row.past + tile.from).from / CHUNK, last = (row.past + tile.to - 1) / CHUNK;
+    for (i64 chunk = first; chunk <= last; chunk++) {
+        attend_chunk<T>(a, row, tile, chunk, room, part);
+        add_chunk(a, row, tile, chunk, part, total);
+    }
+    finish(a, row, tile, total);
+}
+
+static void attend(const Attention& a, const Row& row, const Tile& tile, float* parts, float* room) {
+    if (a.kept == Kept::bf16) attend_tile<std::uint16_t>(a, row, tile, parts, room);
+    else attend_tile<float>(a, row, tile, parts, room);
+}
+
+static void gather(const Attention& a, const Row& row, const Tile& tile, float* parts, float* memory) {
+    const i64 queries = tile.to - tile.from, n = queries * a.group();
+    const Part total(Room(a, queries, memory).total, n, a.padded());
+    begin(a, tile, total);
+    const i64 first = Seen(a, row.past + tile.from).from / CHUNK, last = (row.past + tile.to - 1) / CHUNK;
+    parts += tile.part;
+    for (i64 chunk = first; chunk <= last; chunk++, parts += part_size(a, queries))
+        add_chunk(a, row, tile, chunk, Part(parts, n, a.padded()), total);
+    finish(a, row, tile, total);
+}
+
+template <class T>
+static inline void append_to(const Attention& a, const Row& row, int head, i64 from, i64 to) {
+    const i64 d = a.d, padded = a.padded();
+    for (i64 t = from; t < to; t++) {
+        const i64 at = row.past + t;
+        T* keys = (T*)row.pages[at / PAGE] + head * a.head_size();
+        T* values = keys + PAGE * d + at % PAGE * padded;
+        keys += at % PAGE / 16 * 16 * d + at % 16;
+        const float* k = a.k + (row.start + t) * a.k_step + head * d;
+        const float* v = a.v + (row.start + t) * a.v_step + head * d;
+        for (i64 c = 0; c < d; c += 16) {
+            T some[16];
+            keep_as(some, load_some(k + c, d - c));
+            for (i64 i = 0; i < 16 && c + i < d; i++) keys[(c + i) * 16] = some[i];
+            keep_as(values + c, load_some(v + c, d - c));
+        }
+    }
+}
+
+static void append(const Attention& a, const Row& row, int head, i64 from, i64 to) {
+    if (a.kept == Kept::bf16) append_to<std::uint16_t>(a, row, head, from, to);
+    else append_to<float>(a, row, head, from, to);
+}
+
+}  // namespace attention
+
+#define GPTOSS_ATTENTION_KERNELS \
+    {attention::append, attention::attend, attention::gather, attention::part_size, attention::room_size}
