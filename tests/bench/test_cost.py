@@ -66,6 +66,25 @@ def test_operations_do_not_depend_on_how_a_prompt_is_cut():
     assert sum(s.bytes for s in steps) > whole.bytes
 
 
+def test_only_experts_that_are_visited_are_read():
+    c = gpt_oss_20b()
+    held = widths(c, "native", "exact", packed=True)
+    batch = Batch.of([[1], [2]], [0, 0], [0, 1])
+    few, more = (cost(c, held, batch, [n] * 24) for n in (5, 6))
+    matrices, biases = 3 * 2880 * 2880 * 17 / 32, 3 * 2880 * 4
+    assert more.bytes - few.bytes == 24 * (matrices + biases)
+    assert more.operations == few.operations
+
+
+def test_without_logits_the_unembedding_is_not_read():
+    c = gpt_oss_20b()
+    held = widths(c, "native", "fast", packed=True)
+    last, earlier = (cost(c, held, Batch.of([[1]], [0], [0], wanted)) for wanted in ([0], []))
+    size = 201_088 * 2880
+    assert last.bytes - earlier.bytes == size * 17 / 16
+    assert last.operations - earlier.operations == 2 * size
+
+
 @pytest.mark.parametrize("window", [None, 1, 8])
 @pytest.mark.parametrize("past, new", [(0, 1), (0, 20), (3, 4), (3, 9), (7, 1), (8, 1), (30, 5)])
 def test_what_is_seen_is_what_a_mask_would_show(window, past, new):

@@ -8,10 +8,11 @@ import sys
 
 from gptoss.errors import GptOssError
 
+PROMPT = "The quick brown fox"
+
 
 def main() -> None:
     """One line of JSON on stdout, or one sentence on stderr and status 1."""
-    from gptoss.bench.load import PROMPT
     from gptoss.bench.machine import peak_memory, storage_reads
     from gptoss.llm.tokens import TokenGenerator
 

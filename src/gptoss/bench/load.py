@@ -8,6 +8,7 @@ from typing import Any, Unpack
 
 from gptoss.backends.protocol import Batch
 from gptoss.bench.cost import Cost, cost
+from gptoss.bench.first import PROMPT
 from gptoss.bench.report import Report
 from gptoss.bench.subject import Loading, alternate, held
 from gptoss.checkpoint.open import open_checkpoint
@@ -16,7 +17,6 @@ from gptoss.llm.models import resolve
 from gptoss.llm.plan import make_plan
 from gptoss.llm.tokens import Progress, load_tokenizer
 
-PROMPT = "The quick brown fox"
 ROOM = 64  # tokens
 
 

@@ -2,8 +2,6 @@
 
 import os
 import platform
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +48,8 @@ def memory() -> int | None:
 
 def libraries() -> dict[str, str]:
     """Versions of those that are installed, this package among them."""
+    from importlib.metadata import PackageNotFoundError, version
+
     found = {}
     for name in LIBRARIES:
         try:
@@ -61,8 +61,9 @@ def libraries() -> dict[str, str]:
 
 def commit() -> str | None:
     """Of the working copy that this file belongs to; "+" if it has been changed. None: no such."""
-    here = Path(__file__).parent
-    git = ("git", "-C", str(here))
+    import subprocess
+
+    git = ("git", "-C", str(Path(__file__).parent))
     try:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True)
         tracked = subprocess.run([*git, "ls-files", __file__], capture_output=True)

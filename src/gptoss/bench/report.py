@@ -79,9 +79,6 @@ class Report:
             **describe(),
         }
 
-    def __str__(self) -> str:
-        return table(self.to_json())
-
 
 def table(facts: dict[str, Any]) -> str:
     """The same for people, from the facts of ``Report.to_json``."""

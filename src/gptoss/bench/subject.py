@@ -50,7 +50,9 @@ class Subject:
         """
         context = open_checkpoint(resolve(model)).config.context_length
         if length > context:
-            raise ValueError(f"{length} tokens in a row are more than the model's {context}")
+            raise ValueError(
+                f"{length} tokens in a row are more than the model's context of {context}"
+            )
         room = min(rows * length, context)
         loaded = TokenGenerator(model, max_tokens=room, progress=progress, **loading)
         self.model, self.plan = model, loaded.plan
