@@ -4,6 +4,7 @@ import signal
 import pytest
 
 from tests.cli.conftest import run, start
+from tests.llm.conftest import needs_native
 from tests.llm.toy import SPECIALS, damaged, toy_tokenizer, write_toy
 
 ANSWER = (
@@ -72,6 +73,15 @@ def test_the_model_may_come_from_the_environment(toy):
     assert status == 0 and toy in err
 
 
+@needs_native
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_precision_and_threads_are_in_the_plan(gptoss_, toy, precision):
+    how = ("--precision", precision, "--threads", 1)
+    status, out, err = gptoss_("generate", toy, "-p", "hi", "-l", 3, "--raw", "--seed", 1, *how)
+    assert status == 0 and f"native backend in {precision} precision" in err
+    assert "on cpu, 1 threads" in err
+
+
 # --- what goes wrong
 
 
@@ -119,6 +129,11 @@ def test_what_is_not_utf8_is_refused_in_a_sentence(toy):
         (["-b", "tpu"], "tpu"),
         (["--dtype", "int4"], "int4"),
         (["-b", "reference", "--dtype", "bfloat16"], "bfloat16"),
+        (["-b", "reference", "--precision", "fast"], "takes no precision"),
+        (["-b", "native", "--dtype", "float32"], "takes no dtype"),
+        (["-b", "torch", "--threads", "2"], "threads"),
+        (["--precision", "finest"], "exact, fast"),
+        (["--threads", "0"], "threads"),
         (["-t", "-1"], "temperature"),
         (["--top-p", "0"], "top_p"),
         (["--seed", "18446744073709551616"], "seed"),

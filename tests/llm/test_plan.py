@@ -140,7 +140,7 @@ def test_native_is_fast_unless_the_model_is_tiny(toy, machine, monkeypatch):
     monkeypatch.setattr(plan, "TINY", 0)
     made = plan.make_plan(opened, threads=3)
     assert (made.precision, made.threads) == ("fast", 3)
-    assert "fast precision (dense matrices in 8 bits) on cpu with 3 threads" in str(made)
+    assert "fast precision (dense matrices in 8 bits) on cpu, 3 threads" in str(made)
     assert plan.make_plan(opened, precision="exact").needs.weights > made.needs.weights
 
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 import getopt
 import inspect
 import os
-import shutil
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
 from types import NoneType, UnionType
@@ -103,8 +101,7 @@ def words_of(run: Callable[..., Any], group: str | None = None) -> Iterator[Word
             continue
         said: Argument = Option()
         if get_origin(hint) is Annotated:
-            hint, declared = get_args(hint)
-            said = declared if isinstance(declared, Argument) else _typers(declared)
+            hint, said = get_args(hint)
         if get_origin(hint) in (Union, UnionType):
             [hint] = [part for part in get_args(hint) if part is not NoneType]
         many = get_origin(hint) is list
@@ -113,16 +110,6 @@ def words_of(run: Callable[..., Any], group: str | None = None) -> Iterator[Word
         choices = get_args(hint) if get_origin(hint) is Literal else ()
         kind = str if choices else hint
         yield Word(group, name, kind, choices, many, parameter.default, said)
-
-
-def _typers(said: Any) -> Argument:
-    """What a command that still declares with typer says in its words."""
-    if type(said).__name__ == "ArgumentInfo":
-        return Argument(help=said.help or "", envvar=said.envvar)
-    flags = (said.default, *said.param_decls) if isinstance(said.default, str) else said.param_decls
-    shown = said.show_default if isinstance(said.show_default, str) else None
-    limits = {"min": said.min, "max": said.max}
-    return Option(*flags, help=said.help or "", envvar=said.envvar, default=shown, **limits)
 
 
 def parse(run: Callable[..., Any], typed: Sequence[str]) -> dict[str, Any]:
@@ -185,6 +172,9 @@ def explained(name: str, run: Callable[..., Any]) -> str:
 
 def columns(rows: Sequence[tuple[str, str]]) -> str:
     """Two of them, as wide as the terminal allows."""
+    import shutil
+    import textwrap
+
     left = min(30, max(len(a) for a, _ in rows)) + 4
     width = max(left + 20, min(100, shutil.get_terminal_size().columns))
     lines = []

@@ -40,7 +40,7 @@ class Plan:
     def __str__(self) -> str:
         have = "unknown" if self.available is None else f"{size(self.available)} free"
         numbers = self.dtype or f"{self.precision} precision ({MEANING[self.precision or 'exact']})"
-        threads = f" with {self.threads} threads" if self.threads is not None else ""
+        threads = f", {self.threads} threads" if self.threads is not None else ""
         return (
             f"{self.path}: {self.layout} layout, {size(self.disk_bytes)} on disk; "
             f"{self.backend} backend in {numbers} on {self.device}{threads} ({self.reason})\n"
