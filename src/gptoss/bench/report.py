@@ -7,7 +7,7 @@ from typing import Any
 from gptoss.bench.cost import Cost
 from gptoss.bench.machine import describe
 from gptoss.bench.roofline import Kind, Roofline
-from gptoss.llm.plan import Plan, size
+from gptoss.llm.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +94,15 @@ def table(facts: dict[str, Any]) -> str:
         f"{numbers}, {f['device']}{threads}; {settings}",
         f"tokens/s     {f['tokens_per_second']:.4g} "
         f"(from {f['tokens_per_second_min']:.4g} to {f['tokens_per_second_max']:.4g})",
-        f"bytes        {size(f['bytes_per_token'])} {of}, {size(f['bytes_per_second'])}/s"
-        + share(f["share_of_bandwidth"], f"{size(f['read_bandwidth'])}/s"),
-        f"operations   {giga(f['operations_per_token'])} {of}, "
-        f"{giga(f['operations_per_second'])}/s"
-        + share(f["share_of_peak"], f"{giga(f['peak_operations'] or 0)}/s of {f['arithmetic']}"),
+        "bytes        "
+        f"{metric(f['bytes_per_token'], 'B')} {of}, {metric(f['bytes_per_second'], 'B')}/s"
+        + share(f["share_of_bandwidth"], f"{metric(f['read_bandwidth'], 'B')}/s"),
+        "operations   "
+        f"{metric(f['operations_per_token'], 'op')} {of}, "
+        f"{metric(f['operations_per_second'], 'op')}/s"
+        + share(
+            f["share_of_peak"], f"{metric(f['peak_operations'] or 0, 'op')}/s of {f['arithmetic']}"
+        ),
         f"memory       {_known(f['peak_memory_bytes'])} at most",
         f"machine      {machine['cpu']}, {machine['cores']} cores, {_known(memory)}; "
         f"{machine['system']}",
@@ -119,14 +123,14 @@ def share(part: float | None, whole: str) -> str:
     return "" if part is None else f": {part:.1%} of {whole}"
 
 
-def giga(operations: float) -> str:
-    """Operations for people."""
-    for unit in ("", " k", " M"):
-        if operations < 1000:
-            return f"{operations:.3g}{unit or ' '}op"
-        operations /= 1000
-    return f"{operations:.4g} Gop"
+def metric(n: float, unit: str) -> str:
+    """Four digits for people."""
+    for prefix in ("", "k", "M"):
+        if n < 1000:
+            return f"{n:.4g} {prefix}{unit}"
+        n /= 1000
+    return f"{n:.4g} G{unit}"
 
 
 def _known(n: int | None) -> str:
-    return "unknown" if n is None else size(n)
+    return "unknown" if n is None else metric(n, "B")
