@@ -5,7 +5,7 @@
 // summed side by side without a sum over lanes; values lie row by row, each row padded to whole
 // vectors:
 //   page [K, (keys [8, d, 16], values [128, padded d])]
-// Position p of a row is in its page p / 128. Blocks and chunks begin at multiples of their size,
+// Position p of a row is in its page p / 128. Pages and chunks begin at multiples of their size,
 // whatever is asked and however the past arrived: the same token gets the same bits every time.
 #pragma once
 
@@ -17,9 +17,8 @@ using i64 = std::int64_t;
 
 class Pool;
 
-inline constexpr int PAGE = 128;     // tokens
-inline constexpr int BLOCK = 64;     // keys of one step of the running softmax
-inline constexpr int CHUNK = 4096;   // keys whose result is finished before it is added to others
+inline constexpr int PAGE = 128;    // tokens; also the keys of one step of the running softmax
+inline constexpr int CHUNK = 4096;  // keys whose result is finished before it is added to others
 
 // How keys and values are stored. Another format needs `widen` and `store` in attention.inl, and a
 // size here.

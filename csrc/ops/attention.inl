@@ -50,45 +50,55 @@ struct Vectors {
     const T* ahead;
 };
 
-// c[m, n] = c[m, n] * scale[m] (or 0) + sum over k < count of a[m, k] * b[k, n], k in order
-template <int M, int N, class T>
-static inline void multiply_block(const float* a, i64 a_step, Vectors<T> b, i64 count, float* c, i64 c_step,
+// Scores:  c[m, n] = sum over k < count of a[k, m] * b[k, n]
+// Mixing:  c[m, n] = c[m, n] * scale[m] + sum over k < count of a[m, k] * b[k, n]
+// in the order of k. a's other step is one, c's rows of scores and a's rows of shares are PAGE
+// apart; such steps are said by `step`.
+enum class Product { scores, mixing };
+
+template <Product P, int M, int N, class T>
+static inline void multiply_block(const float* a, const Vectors<T>& b, i64 count, float* c, i64 step,
                                   const float* scale) {
+    constexpr bool mixing = P == Product::mixing;
+    const i64 a_row = mixing ? PAGE : 1, a_next = mixing ? 1 : step, c_row = mixing ? step : PAGE;
     F16 sum[M][N];
     for (int m = 0; m < M; m++)
-        for (int n = 0; n < N; n++)
-            sum[m][n] = scale ? mul(load(c + m * c_step + 16 * n), set(scale[m])) : set(0);
+        for (int n = 0; n < N; n++) {
+            if constexpr (mixing) sum[m][n] = mul(load(c + m * c_row + 16 * n), set(scale[m]));
+            else sum[m][n] = set(0);
+        }
     for (i64 k = 0; k < count; k++) {
         // Into the second cache: the first is full of what is being read.
         if constexpr (sizeof(T) == 2) __builtin_prefetch(b.ahead + k * N * 16, 0, 2);
         F16 row[N];
         for (int n = 0; n < N; n++) row[n] = widen(b.p + k * b.step + n * b.next);
         for (int m = 0; m < M; m++) {
-            const F16 x = set(a[m * a_step + k]);
+            const F16 x = set(a[m * a_row + k * a_next]);
             for (int n = 0; n < N; n++) sum[m][n] = fma(x, row[n], sum[m][n]);
         }
     }
     for (int m = 0; m < M; m++)
-        for (int n = 0; n < N; n++) store(c + m * c_step + 16 * n, sum[m][n]);
+        for (int n = 0; n < N; n++) store(c + m * c_row + 16 * n, sum[m][n]);
 }
 
-template <int M, int N, class T>
-static inline void multiply_rows(i64 rows, const float* a, i64 a_step, const Vectors<T>& b, i64 count, float* c,
-                                 i64 c_step, const float* scale) {
-    for (; rows >= M; rows -= M, a += M * a_step, c += M * c_step) {
-        multiply_block<M, N>(a, a_step, b, count, c, c_step, scale);
-        if (scale) scale += M;
+template <Product P, int M, int N, class T>
+static inline void multiply_rows(i64 rows, const float* a, const Vectors<T>& b, i64 count, float* c, i64 step,
+                                 const float* scale) {
+    constexpr bool mixing = P == Product::mixing;
+    for (; rows >= M; rows -= M, a += M * (mixing ? PAGE : 1), c += M * (mixing ? step : PAGE)) {
+        multiply_block<P, M, N>(a, b, count, c, step, scale);
+        if constexpr (mixing) scale += M;
     }
     if constexpr (M > 1)
-        if (rows) multiply_rows<M - 1, N>(rows, a, a_step, b, count, c, c_step, scale);
+        if (rows) multiply_rows<P, M - 1, N>(rows, a, b, count, c, step, scale);
 }
 
-template <class T>
-static inline void multiply(i64 rows, i64 vectors, const float* a, i64 a_step, Vectors<T> b, i64 count, float* c,
-                            i64 c_step, const float* scale) {
+template <Product P, class T>
+static inline void multiply(i64 rows, i64 vectors, const float* a, Vectors<T> b, i64 count, float* c, i64 step,
+                            const float* scale) {
     auto columns = [&]<int N>() {
         for (; vectors >= N; vectors -= N, b.p += N * b.next, b.ahead += N * 16 * count, c += N * 16)
-            multiply_rows<ROWS, N>(rows, a, a_step, b, count, c, c_step, scale);
+            multiply_rows<P, ROWS, N>(rows, a, b, count, c, step, scale);
     };
     columns.template operator()<WIDE>();
     columns.template operator()<1>();
@@ -106,7 +116,7 @@ static i64 part_size(const Attention& a, i64 queries) { return queries * a.group
 // A thread's memory: all that one tile needs.
 struct Room {
     i64 size = 0;
-    float *q, *sums, *scores, *keys, *values, *part, *total;
+    float *q, *sums, *scores, *page, *part, *total;
     Room(const Attention& a, i64 queries, float* memory) {
         const i64 n = queries * a.group();
         auto take = [&](i64 floats) {
@@ -114,11 +124,10 @@ struct Room {
             size += (floats + 15) / 16 * 16;
             return at;
         };
-        q = take(n * a.d);                      // [queries, group, d], scaled
+        q = take(n * a.d);                      // [queries, d, group], scaled
         sums = take(n * 16);                    // [queries, group, 16]
-        scores = take(a.group() * BLOCK);       // [group, BLOCK]
-        keys = take(BLOCK * a.d);               // [BLOCK / 16, d, 16]
-        values = take(BLOCK * a.padded());      // [BLOCK, padded]
+        scores = take(a.group() * PAGE);       // [group, PAGE]
+        page = take(a.head_size());             // keys and values of a page
         part = take(part_size(a, queries));
         total = take(part_size(a, queries));
     }
@@ -126,19 +135,19 @@ struct Room {
 
 static i64 room_size(const Attention& a, i64 queries) { return Room(a, queries, nullptr).size; }
 
-// One query's heads over keys [from, to) of a block: the running softmax of Milakov & Gimelshein
+// One query's heads over keys [from, to) of a page: the running softmax of Milakov & Gimelshein
 // 2018, https://arxiv.org/abs/1805.02867.
 template <class T>
-static inline void step(i64 G, i64 d, i64 padded, const float* q, const T* keys, const T* values, const T* next, i64 from,
-                        i64 to, float* scores, float* mixed, float* most_so_far, float* sums) {
+static inline void step(i64 G, i64 d, i64 padded, const float* q, const T* page, const T* ahead, i64 from, i64 to,
+                        float* scores, float* mixed, float* most_so_far, float* sums) {
     const i64 first = from / 16, last = (to - 1) / 16;
-    multiply(G, last - first + 1, q, d, Vectors<T>{keys + first * 16 * d, 16, 16 * d, next}, d, scores + first * 16,
-             BLOCK, nullptr);
+    multiply<Product::scores>(G, last - first + 1, q, Vectors<T>{page + first * 16 * d, 16, 16 * d, ahead}, d,
+                              scores + first * 16, G, nullptr);
     for (i64 g = 0; g < G; g += 16) {
         const i64 some = G - g < 16 ? G - g : 16;
         float was[16] = {}, now[16] = {}, shrink[16];
         for (i64 i = 0; i < some; i++) {
-            float* s = scores + (g + i) * BLOCK;
+            float* s = scores + (g + i) * PAGE;
             store(s + 16 * first, keep(load(s + 16 * first), int(from - 16 * first), 16, -__builtin_inff()));
             store(s + 16 * last, keep(load(s + 16 * last), 0, int(to - 16 * last), -__builtin_inff()));
             F16 high = load(s + 16 * first);
@@ -150,7 +159,7 @@ static inline void step(i64 G, i64 d, i64 padded, const float* q, const T* keys,
         }
         store(shrink, power_of_two(sub(load(was), load(now))));
         for (i64 i = 0; i < some; i++) {
-            float* s = scores + (g + i) * BLOCK;
+            float* s = scores + (g + i) * PAGE;
             F16 total = mul(load(sums + (g + i) * 16), set(shrink[i]));
             for (i64 v = first; v <= last; v++) {
                 const F16 share = power_of_two(sub(load(s + 16 * v), set(now[i])));
@@ -159,9 +168,9 @@ static inline void step(i64 G, i64 d, i64 padded, const float* q, const T* keys,
             }
             store(sums + (g + i) * 16, total);
         }
-        multiply(some, padded / 16, scores + g * BLOCK + from, BLOCK,
-                 Vectors<T>{values + from * padded, padded, 16, next + PAGE * d}, to - from, mixed + g * padded, padded,
-                 shrink);
+        multiply<Product::mixing>(some, padded / 16, scores + g * PAGE + from,
+                                  Vectors<T>{page + PAGE * d + from * padded, padded, 16, ahead + PAGE * d}, to - from,
+                                  mixed + g * padded, padded, shrink);
     }
 }
 
@@ -184,27 +193,22 @@ static inline void attend_chunk(const Attention& a, const Row& row, const Tile& 
     for (i64 i = 0; i < n; i++) part.most[i] = NOTHING, store(room.sums + i * 16, set(0));
     const i64 first = later(Seen(a, row.past + tile.from).from, chunk * CHUNK);
     const i64 end = sooner(row.past + tile.to, (chunk + 1) * CHUNK);
-    for (i64 at = first / BLOCK * BLOCK; at < end; at += BLOCK) {
-        const T* keys = (const T*)row.pages[at / PAGE] + tile.head * a.head_size();
-        const T* values = keys + PAGE * d + at % PAGE * padded;
-        keys += at % PAGE * d;
-        const i64 then = at + BLOCK < end ? at + BLOCK : at;
-        const T* next = (const T*)row.pages[then / PAGE] + tile.head * a.head_size() + then % PAGE * d;
+    for (i64 at = first / PAGE * PAGE; at < end; at += PAGE) {
+        const T* page = (const T*)row.pages[at / PAGE] + tile.head * a.head_size();
+        const T* next = (const T*)row.pages[at / PAGE + (at + PAGE < end)] + tile.head * a.head_size();
         const bool often = sizeof(T) < 4 && queries >= FEW;
-        if (often) {
-            for (i64 i = 0; i < BLOCK * d; i += 16) store(room.keys + i, widen(keys + i));
-            for (i64 i = 0; i < BLOCK * padded; i += 16) store(room.values + i, widen(values + i));
-        }
+        if (often)
+            for (i64 i = 0; i < a.head_size(); i += 16) store(room.page + i, widen(page + i));
         for (i64 i = 0; i < queries; i++) {
             const Seen seen(a, row.past + tile.from + i);
-            const i64 from = later(seen.from - at, 0), to = sooner(seen.to - at, BLOCK);
+            const i64 from = later(seen.from - at, 0), to = sooner(seen.to - at, PAGE);
             if (from >= to) continue;
-            auto run = [&](auto* k, auto* v, auto* next) {
-                step(G, d, padded, room.q + i * G * d, k, v, next, from, to, room.scores, part.mixed + i * G * padded,
+            auto run = [&](auto* kept, auto* ahead) {
+                step(G, d, padded, room.q + i * G * d, kept, ahead, from, to, room.scores, part.mixed + i * G * padded,
                      part.most + i * G, room.sums + i * G * 16);
             };
-            if (often) run((const float*)room.keys, (const float*)room.values, (const float*)room.keys);
-            else run(keys, values, next);
+            if (often) run((const float*)room.page, (const float*)room.page);
+            else run(page, next);
         }
     }
     for (i64 i = 0; i < n; i++) part.sum[i] = sum(load(room.sums + i * 16));
@@ -256,7 +260,8 @@ static inline void attend_tile(const Attention& a, const Row& row, const Tile& t
     const float scale = LOG2E / __builtin_sqrtf(float(d));
     for (i64 i = 0; i < queries; i++) {
         const float* q = a.q + (row.start + tile.from + i) * a.q_step + tile.head * G * d;
-        for (i64 c = 0; c < G * d; c++) room.q[i * G * d + c] = q[c] * scale;
+        for (i64 g = 0; g < G; g++)
+            for (i64 c = 0; c < d; c++) room.q[(i * d + c) * G + g] = q[g * d + c] * scale;
     }
     if (tile.chunk >= 0)
         return attend_chunk<T>(a, row, tile, tile.chunk, room, Part(parts + tile.part, n, a.padded()));
