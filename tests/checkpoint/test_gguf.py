@@ -318,3 +318,33 @@ def test_progress_ends_at_the_bytes_of_the_tensors(sources, tmp_path):
     )
     done = [d for d, _ in said]
     assert done == sorted(done) and said[-1][0] == said[-1][1] < path.stat().st_size
+
+
+PEAK = """
+import dataclasses, sys
+from gptoss.checkpoint.gguf import write_gguf
+from gptoss.checkpoint.synthesize import synthesize
+from gptoss.model.config import gpt_oss_20b
+if sys.argv[1] == "make":
+    synthesize(dataclasses.replace(gpt_oss_20b(), num_hidden_layers=1), sys.argv[2])
+else:
+    write_gguf(*sys.argv[2:], dense=sys.argv[1])
+    print(next(row.split()[1] for row in open("/proc/self/status") if "VmHWM" in row))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system keeps no peak")
+def test_tensors_of_full_size_need_little_memory(tmp_path):
+    here = os.environ | {"PYTHONPATH": str(Path(*gptoss.__path__).parent)}
+    run = [sys.executable, "-c", PEAK]
+    subprocess.run([*run, "make", tmp_path / "one"], check=True, env=here)
+    for dense in ("bf16", "q8_0"):
+        done = subprocess.run(
+            [*run, dense, tmp_path / "one", tmp_path / f"{dense}.gguf"],
+            check=True,
+            capture_output=True,
+            text=True,
+            env=here,
+        )
+        assert int(done.stdout) * 1024 < 1e9, f"{dense}: {done.stdout} kB"
