@@ -29,7 +29,7 @@ void pause() {
 
 // With more threads than cores, spinning alone would keep the one that works from working.
 void wait_a_little(int& spins) {
-    if (++spins < 20000) return pause();
+    if (++spins < 2000) return pause();
     spins = 0;
     std::this_thread::yield();
 }

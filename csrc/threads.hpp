@@ -24,11 +24,12 @@ public:
     int size() const { return int(workers_.size()) + 1; }
 
     // Calls work(item, thread) once for each item in [0, items) and returns when all are done.
-    // thread is in [0, size()). Not reentrant; one operation at a time.
+    // thread is in [0, size()). Not reentrant; one operation at a time. `cost` is roughly the bytes
+    // or multiplications of all items: what takes less than waking the others is done by the caller.
     template <class Work>
-    void run(std::int64_t items, Work&& work) {
+    void run(std::int64_t items, Work&& work, std::int64_t cost = WORTH) {
         if (items <= 0) return;
-        if (items == 1 || workers_.empty()) {
+        if (items == 1 || cost < WORTH || workers_.empty()) {
             for (std::int64_t i = 0; i < items; i++) work(i, 0);
             return;
         }
@@ -38,6 +39,8 @@ public:
 
     void begin();  // a step starts: stay awake
     void end();    // it is over: sleep
+
+    static constexpr std::int64_t WORTH = 1 << 19;
 
 private:
     using Call = void (*)(void*, std::int64_t, int);

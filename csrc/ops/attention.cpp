@@ -13,7 +13,6 @@ namespace {
 
 constexpr i64 TILE = 16;        // queries that share a block of keys once it is widened
 constexpr i64 SHORT = 8;        // new tokens up to which a long past is split over the threads
-constexpr i64 LITTLE = 1 << 14; // numbers one thread appends sooner than two agree to
 
 // Memory that grows and is kept, without being filled.
 struct Scratch {
@@ -42,11 +41,7 @@ void append(const Attention& a, const Row* rows, i64 R, Pool& pool) {
         const auto [r, from] = pieces[std::size_t(item / a.K)];
         kernel.append(a, rows[r], int(item % a.K), from, std::min(from + PAGE, rows[r].count));
     };
-    const i64 items = i64(pieces.size()) * a.K;
-    if (T * a.K * a.d <= LITTLE)
-        for (i64 i = 0; i < items; i++) work(i, 0);
-    else
-        pool.run(items, work);
+    pool.run(i64(pieces.size()) * a.K, work, T * a.K * a.d * 16);
 }
 
 }  // namespace
@@ -56,11 +51,12 @@ void attend(const Attention& a, const Row* rows, i64 R, Pool& pool) {
 
     const auto& kernel = kernels().attention;
     std::vector<Tile> tiles, split;  // split: tiles whose chunks are computed apart
-    i64 size = 0;
+    i64 size = 0, products = 0;
     for (i64 r = 0; r < R; r++) {
         const Row& row = rows[r];
         const i64 oldest = a.window ? std::max<i64>(0, row.past + 1 - a.window) : 0;
         const i64 first = oldest / CHUNK, last = (row.past + row.count - 1) / CHUNK;
+        products += row.count * (row.past + row.count - oldest) * a.H * a.d * 2;
         const bool apart = row.count <= SHORT && first < last && pool.size() > 1;
         for (i64 from = 0; from < row.count; from += TILE)
             for (int head = 0; head < a.K; head++) {
@@ -78,7 +74,7 @@ void attend(const Attention& a, const Row* rows, i64 R, Pool& pool) {
     pool.run(i64(tiles.size()), [&](i64 i, int) {
         const Tile& tile = tiles[std::size_t(i)];
         kernel.attend(a, rows[tile.row], tile, results, room.get(memory));
-    });
+    }, products);
     pool.run(i64(split.size()), [&](i64 i, int) {
         const Tile& tile = split[std::size_t(i)];
         kernel.gather(a, rows[tile.row], tile, results, room.get(memory));

@@ -56,10 +56,7 @@ public:
             if (bytes) k.round_row(x + r * columns, columns, bytes_, r);
             else k.unpack(all, r, 1, split_.get(0) + r * step);
         };
-        if (rows <= 4)
-            for (i64 r = 0; r < rows; r++) work(r, 0);
-        else
-            pool().run(rows, work);
+        pool().run(rows, work, rows * columns * 16);
     }
     const float* split() { return split_.get(0); }
     const Bytes& bytes() const { return bytes_; }
@@ -124,6 +121,7 @@ void round_weight(Weight& w) {
 
 void linear(const float* x, i64 T, const Weight& w, const float* bias, float* out) {
     const i64 O = w.stored.rows;
+    if (!T) return;
     for_linear.from(x, T, w.stored.columns, w.bytes);
     std::int32_t* at = counting.get(T);
     std::iota(at, at + T, 0);
@@ -131,7 +129,7 @@ void linear(const float* x, i64 T, const Weight& w, const float* bias, float* ou
     pool().run((O + rows - 1) / rows, [&](i64 item, int) {
         const i64 row = item * rows;
         product(w, row, std::min(rows, O - row), for_linear, at, T, out + row, O, bias ? bias + row : nullptr);
-    });
+    }, T * O * w.stored.columns);
 }
 
 void experts(const float* x, i64 T, const ExpertWeights& w, const std::int32_t* chosen, const float* share,
@@ -173,7 +171,7 @@ void experts(const float* x, i64 T, const ExpertWeights& w, const std::int32_t* 
                 w.bias1 + e * 2 * F + row);
         for (i64 j = 0; j < n; j++)
             fn.swiglu(both + j * rows, rows / 2, w.limit, act + (first + j) * F + row / 2);
-    });
+    }, visits * 2 * F * D);
 
     for_second.from(act, visits, F, w.mlp2.bytes);
     float* answers = each.get(visits * D);  // [visits, D]
@@ -184,15 +182,14 @@ void experts(const float* x, i64 T, const ExpertWeights& w, const std::int32_t* 
         const i64 first = starts[std::size_t(e)], n = starts[std::size_t(e + 1)] - first;
         product(w.mlp2, e * D + row, rows, for_second, same.data() + first, n, answers + first * D + row, D,
                 w.bias2 + e * D + row);
-    });
+    }, visits * F * D);
 
     auto gather = [&](i64 t, int) {
         std::vector<const float*> rows(static_cast<std::size_t>(k));
         for (i64 i = 0; i < k; i++) rows[std::size_t(i)] = answers + place[std::size_t(t * k + i)] * D;
         fn.blend(rows.data(), share + t * k, k, D, out + t * D);
     };
-    if (T == 1) gather(0, 0);
-    else pool().run(T, gather);
+    pool().run(T, gather, T * k * D * 4);
 }
 
 void release_scratch() {

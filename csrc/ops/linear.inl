@@ -11,19 +11,21 @@
 
 static const float CODEBOOK[16] = {0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -.5f, -1, -1.5f, -2, -3, -4, -6};
 
-// 2 ** (e - 127) for a scale byte e; 255 is NaN
-static inline float power(std::uint8_t e) {
-    std::uint32_t b = e == 0 ? 0x00400000u : e == 255 ? 0x7fc00000u : std::uint32_t(e) << 23;
-    float f;
-    __builtin_memcpy(&f, &b, 4);
-    return f;
+// 2 ** (e - 127) for sixteen scale bytes e; 255, which stands for NaN, becomes infinite
+static inline F16 powers(const std::uint8_t* e) {
+    return floats(max(left<23>(widen(e)), set_int(0x00400000)));
 }
 
-// How to read a row's block b as evens and odds, for each format.
+// How to read a row's block b as evens and odds, for each format. `enter` comes before each sixteen
+// blocks and asks for the rows that come next from memory, `ahead` rows on: into the second cache,
+// for the first can wait for few lines at a time and the processor does not find so short streams.
+static inline void ask(const void* p, i64 bytes) {
+    for (i64 i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i, 0, 2);
+}
 struct Floats {
     const float* p;
-    i64 columns;
-    Floats(const Matrix& w, i64 row) : p((const float*)w.data + row * w.columns), columns(w.columns) {}
+    Floats(const Matrix& w, i64 row) : p((const float*)w.data + row * w.columns) {}
+    void enter(i64, i64, i64) {}
     void get(i64 b, F16& even, F16& odd) const { split_floats(p + 32 * b, even, odd); }
     void tail(i64 b, i64 n, F16& even, F16& odd) const {
         float some[32] = {};
@@ -33,7 +35,9 @@ struct Floats {
 };
 struct Halves {
     const std::uint16_t* p;
-    Halves(const Matrix& w, i64 row) : p((const std::uint16_t*)w.data + row * w.columns) {}
+    i64 columns;
+    Halves(const Matrix& w, i64 row) : p((const std::uint16_t*)w.data + row * w.columns), columns(w.columns) {}
+    void enter(i64 b, i64 n, i64 ahead) { ask(p + 32 * b + ahead * columns, 64 * n); }
     void get(i64 b, F16& even, F16& odd) const { split_bf16(p + 32 * b, even, odd); }
     void tail(i64 b, i64 n, F16& even, F16& odd) const {
         std::uint16_t some[32] = {};
@@ -42,11 +46,19 @@ struct Halves {
     }
 };
 struct Fours {
-    const std::uint8_t *p, *scale;
+    const std::uint8_t *p, *e;
+    i64 columns;
+    float scale[16];  // of the blocks entered
     Fours(const Matrix& w, i64 row)
-        : p((const std::uint8_t*)w.data + row * (w.columns / 2)), scale(w.scales + row * (w.columns / 32)) {}
+        : p((const std::uint8_t*)w.data + row * (w.columns / 2)), e(w.scales + row * (w.columns / 32)), columns(w.columns) {}
+    void enter(i64 b, i64 n, i64 ahead) {
+        std::uint8_t some[16] = {};
+        __builtin_memcpy(some, e + b, std::size_t(n));
+        store(scale, powers(some));
+        ask(p + 16 * b + ahead * (columns / 2), 16 * n);
+    }
     void get(i64 b, F16& even, F16& odd) const {
-        F16 table = mul(load(CODEBOOK), set(power(scale[b])));
+        F16 table = mul(load(CODEBOOK), set(scale[b % 16]));
         I16 pairs = widen(p + 16 * b);
         even = pick(table, pairs);
         odd = pick(table, right<4>(pairs));
@@ -56,6 +68,7 @@ struct Fours {
 struct Split {
     const float* p;
     Split(const Matrix& w, i64 row) : p((const float*)w.data + row * w.blocks() * 32) {}
+    void enter(i64, i64, i64) {}
     void get(i64 b, F16& even, F16& odd) const { even = load(p + 32 * b), odd = load(p + 32 * b + 16); }
     void tail(i64 b, i64, F16& even, F16& odd) const { get(b, even, odd); }
 };
@@ -79,9 +92,13 @@ static inline void dot_block(const Matrix& w, i64 row, const float* const* x, fl
     Row* rows = (Row*)space;
     for (int r = 0; r < R; r++) new (rows + r) Row(w, row + r);
     F16 even[R], odd[R];
-    for (i64 b = 0; b < whole; b++) {
-        for (int r = 0; r < R; r++) rows[r].get(b, even[r], odd[r]);
-        add_block(b, even, odd);
+    for (i64 first = 0; first < whole; first += 16) {
+        const i64 last = first + 16 < whole ? first + 16 : whole;
+        for (int r = 0; r < R; r++) rows[r].enter(first, last - first, 2 * R);
+        for (i64 b = first; b < last; b++) {
+            for (int r = 0; r < R; r++) rows[r].get(b, even[r], odd[r]);
+            add_block(b, even, odd);
+        }
     }
     if (left_over) {
         for (int r = 0; r < R; r++) rows[r].tail(whole, left_over, even[r], odd[r]);
@@ -90,6 +107,8 @@ static inline void dot_block(const Matrix& w, i64 row, const float* const* x, fl
     for (int m = 0; m < M; m++)
         for (int r = 0; r < R; r++) out[m * stride + r] = sum(acc[r][m]) + (bias ? bias[r] : 0.f);
 }
+
+inline constexpr int DIRECT_ROWS = 4;  // as many streams from memory at a time
 
 template <class Row, int R, int M>
 static void dot_rows(const Matrix& w, i64 row, i64 rows, const float* const* x, float* out, i64 stride,
@@ -121,9 +140,9 @@ static void dot_format(const Matrix& w, i64 row, i64 rows, const float* x, const
 static void dot(const Matrix& w, i64 row, i64 rows, const float* x, const std::int32_t* at, i64 tokens,
                 float* out, i64 stride, const float* bias) {
     switch (w.format) {
-        case Format::f32: return dot_format<Floats, 4, 1>(w, row, rows, x, at, tokens, out, stride, bias);
-        case Format::bf16: return dot_format<Halves, 4, 1>(w, row, rows, x, at, tokens, out, stride, bias);
-        case Format::mxfp4: return dot_format<Fours, 4, 1>(w, row, rows, x, at, tokens, out, stride, bias);
+        case Format::f32: return dot_format<Floats, DIRECT_ROWS, 4>(w, row, rows, x, at, tokens, out, stride, bias);
+        case Format::bf16: return dot_format<Halves, DIRECT_ROWS, 4>(w, row, rows, x, at, tokens, out, stride, bias);
+        case Format::mxfp4: return dot_format<Fours, DIRECT_ROWS, 4>(w, row, rows, x, at, tokens, out, stride, bias);
         case Format::split:
             return dot_format<Split, GEMM_ROWS, GEMM_TOKENS>(w, row, rows, x, at, tokens, out, stride, bias);
     }
@@ -136,6 +155,7 @@ static void unpack_rows(const Matrix& w, i64 row, i64 rows, float* out) {
         Row here(w, row + r);
         F16 even, odd;
         for (i64 b = 0; b < whole; b++, out += 32) {
+            if (b % 16 == 0) here.enter(b, whole - b < 16 ? whole - b : 16, 4);
             here.get(b, even, odd);
             store(out, even), store(out + 16, odd);
         }
@@ -162,8 +182,8 @@ static void unpack(const Matrix& w, i64 row, i64 rows, float* out) {
 static const std::uint8_t TWICE[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 inline constexpr int TWICE_OFFSET = 12;
 
-// Half of what the scale bytes say (the codes are twice their value), as bits of float32.
-static inline I16 half_scales(I16 e) { return max(left<23>(add(e, set_int(-1))), set_int(0x00400000)); }
+// What scale bytes say, as float32; the codes are twice their value, the activations' scales half.
+static inline F16 scales_of(I16 e) { return floats(left<23>(e)); }
 
 // R tiles x M tokens
 template <int R, int M>
@@ -265,7 +285,7 @@ static inline void packed_block(const Matrix& w, i64 row, i64 valid, const Bytes
     F16 acc[M];
     for (int m = 0; m < M; m++) acc[m] = set(0);
     auto group = [&](i64 j, const B64* raw, I16 e) {
-        F16 scale = floats(half_scales(e));
+        F16 scale = scales_of(e);
         B64 low[4], high[4];
         for (int r = 0; r < 4; r++)
             low[r] = pick(twice, low_nibbles(raw[r])), high[r] = pick(twice, high_nibbles(raw[r]));
@@ -284,7 +304,12 @@ static inline void packed_block(const Matrix& w, i64 row, i64 valid, const Bytes
     B64 raw[4];
     i64 j = 0;
     for (; 4 * j + 4 <= blocks; j++) {
-        for (int r = 0; r < 4; r++) raw[r] = load_bytes(p[r] + j * 64);
+        for (int r = 0; r < 4; r++) {
+            raw[r] = load_bytes(p[r] + j * 64);
+            // The next rows, into the second cache: each stream is too short to be found by the
+            // processor itself, and the first cache can wait for too few lines at a time.
+            __builtin_prefetch(p[r] + j * 64 + blocks * 128, 0, 2);
+        }
         const std::uint8_t* e[4] = {s[0] + 4 * j, s[1] + 4 * j, s[2] + 4 * j, s[3] + 4 * j};
         group(j, raw, widen4(e));
     }
@@ -328,25 +353,22 @@ static void unpack_tile(const Matrix& w, i64 row, std::uint8_t* codes, std::uint
     const i64 blocks = w.columns / 32;
     const B64 twice = repeat16(TWICE);
     const std::uint8_t *p[16], *s[16];
-    for (int r = 0; r < 16; r++) {
-        bool real = row + r < w.rows;
-        p[r] = real ? (const std::uint8_t*)w.data + (row + r) * blocks * 16 : nullptr;
-        s[r] = real ? w.scales + (row + r) * blocks : nullptr;
+    for (int r = 0; r < 16; r++) {  // behind the last row, that row again: nobody looks
+        i64 here = row + r < w.rows ? row + r : w.rows - 1;
+        p[r] = (const std::uint8_t*)w.data + here * blocks * 16;
+        s[r] = w.scales + here * blocks;
     }
     for (int chain = 0; chain < 4; chain++)
         for (i64 b = chain; b < blocks; b += 4, codes += 512, scales += 16) {
-            std::uint8_t turned[4][16][4] = {}, e[16] = {};
-            for (int r = 0; r < 16; r++) {
-                if (!p[r]) continue;
-                for (int j = 0; j < 4; j++) __builtin_memcpy(turned[j][r], p[r] + 16 * b + 4 * j, 4);
-                e[r] = s[r][b];
-            }
+            std::uint8_t e[16];
+            for (int r = 0; r < 16; r++) e[r] = s[r][b];
+            B64 raw[4];
+            turn(p, 16 * b, raw);
             for (int j = 0; j < 4; j++) {
-                B64 raw = load_bytes(turned[j]);
-                store_bytes(codes + j * 64, pick(twice, low_nibbles(raw)));
-                store_bytes(codes + (4 + j) * 64, pick(twice, high_nibbles(raw)));
+                store_bytes(codes + j * 64, pick(twice, low_nibbles(raw[j])));
+                store_bytes(codes + (4 + j) * 64, pick(twice, high_nibbles(raw[j])));
             }
-            store_bf16(scales, floats(half_scales(widen(e))));
+            store_bf16(scales, scales_of(widen(e)));
         }
 }
 
@@ -381,6 +403,8 @@ static void round_rows(const Matrix& w, i64 row, std::uint8_t* codes, std::uint1
                 four ^= 0x80808080u;  // + 128
                 __builtin_memcpy(codes + at * 512 + j * 64 + r * 4, &four, 4);
             }
+            top *= 2;  // the activations' scales are half
+            __builtin_memcpy(&up, &top, 4);
             scales[at * 16 + r] = std::uint16_t(up >> 16);
         }
     }
@@ -409,7 +433,7 @@ static void round_row(const float* x, i64 columns, const Bytes& out, i64 i) {
             F16 inverse = set(top > 0.f ? 127.f / top : 0.f);
             I16 a = to_int(mul(even, inverse)), b = to_int(mul(odd, inverse));
             store_bytes(q + c * 16, a), store_bytes(q + 64 + c * 16, b);
-            float s = top / 127.f;
+            const float s = top / 127.f * .5f;
             std::int32_t n_sum = std::int32_t(sum(add(to_float(a), to_float(b))));
             for (int r = 0; r < 4; r++) scale[c * 4 + r] = s, total[c * 4 + r] = n_sum;
         }

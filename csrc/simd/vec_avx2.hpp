@@ -167,10 +167,11 @@ static inline I16 widen4(const std::uint8_t* const p[4]) {
     for (int i = 0; i < 16; i++) x[i] = p[i % 4][i / 4];
     return widen(x);
 }
-static inline F16 spread4(const float* p) {
-    __m256 x = _mm256_castps128_ps256(_mm_loadu_ps(p));
-    return {_mm256_permutevar8x32_ps(x, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1)),
-            _mm256_permutevar8x32_ps(x, _mm256_setr_epi32(2, 2, 2, 2, 3, 3, 3, 3))};
+static inline void turn(const std::uint8_t* const p[16], std::int64_t skip, B64 out[4]) {
+    std::uint8_t x[4][64];
+    for (int r = 0; r < 16; r++)
+        for (int j = 0; j < 4; j++) std::memcpy(x[j] + 4 * r, p[r] + skip + 4 * j, 4);
+    for (int j = 0; j < 4; j++) out[j] = load_bytes(x[j]);
 }
 
 }  // namespace gptoss::avx2

@@ -134,9 +134,19 @@ static inline I16 widen4(const std::uint8_t* const p[4]) {
     const __m128i turn = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return {_mm512_cvtepu8_epi32(_mm_shuffle_epi8(rows, turn))};
 }
-static inline F16 spread4(const float* p) {
-    const __m512i at = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    return _mm512_permutexvar_ps(at, _mm512_castps128_ps512(_mm_loadu_ps(p)));
+static inline void turn(const std::uint8_t* const p[16], std::int64_t skip, B64 out[4]) {
+    __m512i x[4];  // row i + 4 l in lane l
+    for (int i = 0; i < 4; i++) {
+        auto at = [&](int l) { return _mm_loadu_si128((const __m128i*)(p[i + 4 * l] + skip)); };
+        x[i] = _mm512_castsi128_si512(at(0));
+        x[i] = _mm512_inserti32x4(x[i], at(1), 1);
+        x[i] = _mm512_inserti32x4(x[i], at(2), 2);
+        x[i] = _mm512_inserti32x4(x[i], at(3), 3);
+    }
+    __m512i a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpackhi_epi32(x[0], x[1]);
+    __m512i c = _mm512_unpacklo_epi32(x[2], x[3]), d = _mm512_unpackhi_epi32(x[2], x[3]);
+    out[0] = {_mm512_unpacklo_epi64(a, c)}, out[1] = {_mm512_unpackhi_epi64(a, c)};
+    out[2] = {_mm512_unpacklo_epi64(b, d)}, out[3] = {_mm512_unpackhi_epi64(b, d)};
 }
 
 }  // namespace gptoss::GPTOSS_ISA

@@ -135,8 +135,13 @@ static inline I16 widen4(const std::uint8_t* const p[4]) {
     GPTOSS_EACH r.v[i] = p[i % 4][i / 4];
     return r;
 }
-// lane 4g+r: p[g]
-static inline F16 spread4(const float* p) { F16 r; GPTOSS_EACH r.v[i] = p[i / 4]; return r; }
+// 16 bytes at each of sixteen pointers + skip -> vector j: the j-th four bytes of each, in order
+static inline void turn(const std::uint8_t* const p[16], std::int64_t skip, B64 out[4]) {
+    std::uint8_t x[4][64];
+    for (int r = 0; r < 16; r++)
+        for (int j = 0; j < 4; j++) std::memcpy(x[j] + 4 * r, p[r] + skip + 4 * j, 4);
+    for (int j = 0; j < 4; j++) out[j] = load_bytes(x[j]);
+}
 
 #undef GPTOSS_EACH
 }  // namespace gptoss::scalar

@@ -28,6 +28,10 @@ def room(request):
 
 def load(room, config, weights):
     try:
+        if room == "native":
+            from gptoss.backends.native import NativeBackend
+
+            return NativeBackend(config, weights.__getitem__, "exact", kv="float32")
         return load_backend(room, config, weights.__getitem__, dtype=FLOAT32.get(room))
     except BackendUnavailable as missing:
         pytest.skip(str(missing))

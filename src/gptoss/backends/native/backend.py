@@ -28,18 +28,24 @@ class NativeBackend:
             the large dense matrices to 8 bits at load (a scale to each 32 numbers) and activations
             to 8 bits before each product with those and with MXFP4 experts.
         threads: how many share an operation; None: the cores this process may use.
+        kv: how keys and values are kept, "bfloat16" or "float32".
 
     Raises:
-        ValueError: an unknown precision, or no thread.
+        ValueError: an unknown precision or kv, or no thread.
     """
 
     def __init__(
-        self, config: ModelConfig, read: Read, precision: str = "fast", threads: int | None = None
+        self,
+        config: ModelConfig,
+        read: Read,
+        precision: str = "fast",
+        threads: int | None = None,
+        kv: str = "bfloat16",
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
         _core.set_threads(_core.usable_cores() if threads is None else threads)
-        self.config, self.precision, self.ops = config, precision, NativeOps()
+        self.config, self.precision, self.kv, self.ops = config, precision, kv, NativeOps()
 
         def load(name: str) -> Any:
             stored = read(name)
@@ -61,7 +67,7 @@ class NativeBackend:
 
     def new_cache(self, *, max_tokens: int) -> NativeCache:
         """See ``Backend.new_cache``."""
-        return NativeCache(self.config, max_tokens)
+        return NativeCache(self.config, max_tokens, self.kv)
 
     def forward(
         self, batch: Batch, cache: Cache, trace: model.Trace | None = None
@@ -70,7 +76,12 @@ class NativeBackend:
         assert isinstance(cache, NativeCache)
         batch.check(self.config)
         logits = np.empty((len(batch.wanted), self.config.vocab_size), np.float32)
-        traced: dict[str, list[Any]] = {}
+        traced: dict[str, list[tuple[npt.NDArray[np.intp], Any]]] = {}
+        here: npt.NDArray[np.intp]
+
+        def keep(name: str, x: Any) -> None:
+            traced.setdefault(name, []).append((here, x))
+
         _core.begin_step()
         try:
             for piece, here in pieces(batch, STEP):
@@ -82,9 +93,7 @@ class NativeBackend:
                     kv=NativeView(cache, piece),
                     ops=self.ops,
                     config=self.config,
-                    trace=(lambda name, x: traced.setdefault(name, []).append((here, x)))
-                    if trace
-                    else model.no_trace,
+                    trace=keep if trace else model.no_trace,
                 )
         finally:
             _core.end_step()
