@@ -39,6 +39,7 @@ STEADY = 4  # tokens decoded before the clock starts
 # What is run, by name. llama.cpp repacks weights for the processor where it does not map the file.
 LLAMA: dict[str, dict[str, Any]] = {
     "llama.cpp bf16, mapped": {"dense": "bf16", "use_mmap": True, "flash_attn": False},
+    "llama.cpp bf16, repacked": {"dense": "bf16", "use_mmap": False, "flash_attn": False},
     "llama.cpp q8_0, mapped": {"dense": "q8_0", "use_mmap": True, "flash_attn": False},
     "llama.cpp q8_0, repacked": {"dense": "q8_0", "use_mmap": False, "flash_attn": False},
     "llama.cpp q8_0, repacked, flash": {"dense": "q8_0", "use_mmap": False, "flash_attn": True},

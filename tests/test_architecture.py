@@ -30,7 +30,6 @@ ELSEWHERE = {
     "numpy": NUMERIC,
     "ml_dtypes": ("checkpoint", "backends", "train", "verify", "bench"),
     "tiktoken": ("text",),
-    "typer": ("cli",),
     "rich": ("cli",),
     "huggingface_hub": ("llm", "cli"),
     "torch": ("backends/torch", "backends/triton", "train"),
