@@ -15,6 +15,8 @@ namespace avx512_vnni { extern const Kernels table; }
 #endif
 #ifdef GPTOSS_NEON
 namespace neon { extern const Kernels table; }
+namespace neon_dotprod { extern const Kernels table; }
+namespace neon_i8mm { extern const Kernels table; }
 #endif
 
 namespace {
@@ -35,6 +37,8 @@ std::vector<const Kernels*> usable() {
     if (has({"avx2", "fma"})) found.push_back(&avx2::table);
 #endif
 #ifdef GPTOSS_NEON
+    if (has({"i8mm"})) found.push_back(&neon_i8mm::table);
+    if (has({"dotprod"})) found.push_back(&neon_dotprod::table);
     found.push_back(&neon::table);
 #endif
     found.push_back(&scalar::table);

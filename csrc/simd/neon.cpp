@@ -1,0 +1,3 @@
+#include "vec_neon.hpp"
+
+#include "isa.inl"

@@ -1,0 +1,4 @@
+#define GPTOSS_DOTPROD
+#include "vec_neon.hpp"
+
+#include "isa.inl"

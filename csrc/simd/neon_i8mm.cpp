@@ -1,0 +1,4 @@
+#define GPTOSS_I8MM
+#include "vec_neon.hpp"
+
+#include "isa.inl"
