@@ -115,6 +115,14 @@ class Checkpoint:
                     )
                 tensor.release()
 
+    def release(self) -> None:
+        """Give the memory of what was read back to the system; views stay valid, and read again.
+
+        After loading: much was only read to be copied or rounded.
+        """
+        for tensor in self.tensors.values():
+            tensor.release()
+
     @cached_property
     def _entries(self) -> dict[str, Entry]:
         return {entry.name: entry for entry in self.layout.entries(self.config)}
