@@ -91,8 +91,11 @@ def test_precision_and_threads_reach_the_native_room(native, tiny, weights):
     assert has_native()
     read = weights.get
     for given, options in [
-        ({}, {"precision": "fast", "threads": None}),
-        ({"precision": "exact", "threads": 2}, {"precision": "exact", "threads": 2}),
+        ({}, {"precision": "fast", "threads": None, "resident": None}),
+        (
+            {"precision": "exact", "threads": 2, "resident": 9},
+            {"precision": "exact", "threads": 2, "resident": 9},
+        ),
     ]:
         assert load_backend("native", tiny, read, **given) == ((tiny, read), options)
 
@@ -107,6 +110,7 @@ def test_precision_and_threads_reach_the_native_room(native, tiny, weights):
         ("reference", {"precision": "exact"}, "reference backend takes no precision"),
         ("torch", {"precision": "fast"}, "torch backend takes no precision"),
         ("torch", {"threads": 2}, "threads"),
+        ("torch", {"resident": 2}, "keeps within a given memory"),
         ("tpu", {}, "one of reference, native, torch"),
     ],
 )

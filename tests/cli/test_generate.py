@@ -3,6 +3,8 @@ import signal
 
 import pytest
 
+from gptoss import LLM
+from gptoss.cli.options import size
 from tests.cli.conftest import run, start
 from tests.llm.conftest import needs_native
 from tests.llm.toy import SPECIALS, damaged, toy_tokenizer, write_toy
@@ -82,6 +84,22 @@ def test_precision_and_threads_are_in_the_plan(gptoss_, toy, precision):
     assert "on cpu, 1 threads" in err
 
 
+@needs_native
+def test_experts_stay_on_disk_within_a_given_memory(gptoss_, toy):
+    needed = LLM.load(toy, "native").plan.needs
+    ask = ("generate", toy, "-p", "hi", "-l", 9, "--raw", "--seed", 1, "-b", "native")
+    status, out, err = gptoss_(*ask, "--memory", f"{needed.least / 1000:.3f}kB")
+    assert status == 0 and "experts stay on disk" in err
+    assert out == gptoss_(*ask)[1]
+
+
+@pytest.mark.parametrize(
+    "text, bytes", [("12GB", 12 * 10**9), ("1.5 gb", 15 * 10**8), ("800MB", 8 * 10**8), ("7", 7)]
+)
+def test_sizes_of_memory_as_people_write_them(text, bytes):
+    assert size(text) == bytes
+
+
 # --- what goes wrong
 
 
@@ -134,6 +152,9 @@ def test_what_is_not_utf8_is_refused_in_a_sentence(toy):
         (["-b", "torch", "--threads", "2"], "threads"),
         (["--precision", "finest"], "exact, fast"),
         (["--threads", "0"], "threads"),
+        (["--memory", "12 apples"], "12GB"),
+        (["--memory", "1kB"], "must be at least"),
+        (["-b", "reference", "--memory", "12GB"], "keeps within a given memory"),
         (["-t", "-1"], "temperature"),
         (["--top-p", "0"], "top_p"),
         (["--seed", "18446744073709551616"], "seed"),

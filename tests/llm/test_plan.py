@@ -155,7 +155,13 @@ def test_the_plan_reaches_the_native_room(toy, machine, monkeypatch):
     monkeypatch.setattr("gptoss.llm.tokens.load_backend", load_backend)
     with pytest.raises(GptOssError, match="enough"):
         LLM.load(toy, precision="fast", threads=2)
-    options = {"dtype": None, "device": "cpu", "precision": "fast", "threads": 2}
+    options = {
+        "dtype": None,
+        "device": "cpu",
+        "precision": "fast",
+        "threads": 2,
+        "resident": None,
+    }
     assert asked == [("native", options)]
 
 
@@ -185,6 +191,8 @@ def test_the_native_backend_answers_as_the_reference(toy, precision):
         {"precision": "finest"},
         {"threads": 2, "backend": "torch"},
         {"threads": 0},
+        {"memory": 10**9, "backend": "torch"},
+        {"memory": 1000, "backend": "native"},
         {"max_tokens": 0},
         {"max_tokens": 2049},
     ],
@@ -216,6 +224,81 @@ def test_too_little_memory_is_said_before_loading_unless_forced(toy, monkeypatch
         LLM.load(toy, announce=said.append, progress=lambda *_: pytest.fail("it was loading"))
     assert said, "the plan comes before the refusal"
     assert LLM.load(toy, force=True).plan.available == 1_000_000
+
+
+# 120b with room for 16,384 tokens, in fast precision, on a machine with 22 GB free and on others.
+@pytest.mark.parametrize(
+    "available, memory, total",
+    [
+        (None, None, None),
+        (80 * GB, None, None),
+        (22 * GB, None, 20.5 * GB),
+        (22 * GB, 12 * GB, 12 * GB),
+        (10 * GB, 12 * GB, 8.5 * GB),
+        (80 * GB, 12 * GB, 12 * GB),
+        (80 * GB, 79 * GB, None),
+        (6 * GB, None, None),  # not even so
+    ],
+)
+def test_experts_stay_on_disk_where_memory_is_too_little_for_all(available, memory, total):
+    needed = needs.estimate(gpt_oss_120b(), "native", "fast", 16_384)
+    assert needed.mapped == pytest.approx(60.9 * GB, rel=0.01)
+    assert needed.visited == pytest.approx(1.9 * GB, rel=0.01)
+    kept = plan.share(needed, available, memory)
+    if total is None:
+        assert kept is None
+    else:
+        assert kept + needed.total - needed.mapped == total and kept >= needed.layer
+
+
+@pytest.mark.parametrize(
+    "backend, numbers, packed",
+    [("torch", "bfloat16", True), ("reference", "float32", True), ("native", "fast", False)],
+)
+def test_what_is_not_read_from_the_file_cannot_stay_on_disk(backend, numbers, packed):
+    needed = needs.estimate(gpt_oss_20b(), backend, numbers, 1024, packed=packed)
+    assert (needed.mapped, needed.least) == (0, needed.total)
+    assert plan.share(needed, int(5 * GB), None) is None
+
+
+def test_the_plan_says_what_stays_on_disk_and_what_that_costs(toy, machine, monkeypatch):
+    machine(core=True)
+    opened = open_checkpoint(toy)
+    whole = plan.make_plan(opened)
+    made = plan.make_plan(opened, memory=whole.total - whole.needs.layer // 2)
+    assert made.total == whole.total - whole.needs.layer // 2
+    kept, all_, read = (
+        plan.size(n) for n in (made.resident, made.needs.mapped, made.needs.visited)
+    )
+    line = f"experts stay on disk, at most {kept} of their {all_} in memory; expect {read} read"
+    assert str(made).splitlines()[2].startswith(line) and len(str(whole).splitlines()) == 2
+    monkeypatch.setattr(plan, "available_memory", lambda: whole.total - 1)
+    monkeypatch.setattr(plan, "RESERVE", whole.needs.layer // 2)
+    tight = plan.make_plan(opened)
+    assert tight.resident == tight.needs.mapped - tight.needs.layer // 2 - 1
+    tight.check()
+
+
+def test_below_one_layer_of_experts_it_is_refused(toy, machine, monkeypatch):
+    machine(core=True)
+    opened = open_checkpoint(toy)
+    least = plan.make_plan(opened).needs.least
+    with pytest.raises(ValueError, match="memory.* must be at least"):
+        plan.make_plan(opened, memory=least - 1)
+    assert plan.make_plan(opened, memory=least).resident == plan.make_plan(opened).needs.layer
+    monkeypatch.setattr(plan, "RESERVE", 100)
+    monkeypatch.setattr(plan, "available_memory", lambda: least + 99)
+    with pytest.raises(GptOssError, match=f"or {plan.size(least + 100)} with its experts on disk"):
+        plan.make_plan(opened).check()
+
+
+@needs_native
+def test_a_model_larger_than_its_memory_answers_alike(toy):
+    whole = LLM.load(toy, "native")
+    needed = whole.plan.needs
+    tight = LLM.load(toy, memory=needed.least)
+    assert tight.tokens.engine.backend.ops.resident.budget == needed.layer
+    assert tight.chat("hello", seed=3, max_tokens=20) == whole.chat("hello", seed=3, max_tokens=20)
 
 
 def test_a_smaller_room_is_advised_where_it_would_help(toy):

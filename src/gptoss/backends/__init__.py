@@ -18,6 +18,7 @@ def load_backend(
     device: str = "cpu",
     precision: str | None = None,
     threads: int | None = None,
+    resident: int | None = None,
 ) -> Backend:
     """Open one room. Imports stay inside the arms so that no room pays for another.
 
@@ -31,12 +32,13 @@ def load_backend(
         precision: native only: "exact" computes in float32 with the weights as published, "fast"
             (default) in 8 bits with dense matrices rounded to 8 bits.
         threads: native only; None: as many as the machine has cores.
+        resident: native only: most bytes of packed experts in memory; None: no limit.
 
     Raises:
         ValueError: an unknown name, dtype, device or precision, or one that is another room's.
         BackendUnavailable: this machine lacks what the room needs.
     """
-    check_options(name, dtype=dtype, precision=precision, threads=threads)
+    check_options(name, dtype=dtype, precision=precision, threads=threads, memory=resident)
     if name == "native" and device != "cpu":
         raise ValueError(f"the native backend runs on the cpu, not on {device!r}")
     match name:
@@ -49,7 +51,9 @@ def load_backend(
                 from gptoss.backends.native import NativeBackend
             except ImportError as error:
                 raise _without_core(error) from None
-            return NativeBackend(config, read, precision=precision or "fast", threads=threads)
+            return NativeBackend(
+                config, read, precision=precision or "fast", threads=threads, resident=resident
+            )
         case "torch":
             try:
                 from gptoss.backends.torch import TorchBackend
@@ -71,7 +75,12 @@ def load_backend(
 
 
 def check_options(
-    name: str, *, dtype: str | None, precision: str | None, threads: int | None
+    name: str,
+    *,
+    dtype: str | None,
+    precision: str | None,
+    threads: int | None,
+    memory: int | None = None,
 ) -> None:
     """Raises ValueError for a room that does not exist, or an option that is not its own."""
     if name not in NAMES:
@@ -89,6 +98,10 @@ def check_options(
     if name != "native" and threads is not None:
         raise ValueError(
             f"threads are the native backend's to choose; the {name} backend takes none"
+        )
+    if name != "native" and memory is not None:
+        raise ValueError(
+            f"only the native backend keeps within a given memory; the {name} backend does not"
         )
 
 

@@ -27,6 +27,7 @@ class Loading(TypedDict, total=False):
     device: str | None
     precision: str | None
     threads: int | None
+    memory: int | None
     force: bool
     announce: Announce | None
 

@@ -44,6 +44,7 @@ class Running(options.Loading):
             "backend": self.backend,
             "precision": self.precision,
             "threads": self.threads,
+            "memory": options.size(self.memory),
             "dtype": self.dtype,
             "device": self.device,
             "force": self.force,

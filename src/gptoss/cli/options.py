@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from gptoss.cli.arguments import Argument, Option
+from gptoss.cli.arguments import Argument, Option, WrongCommandLine
 from gptoss.cli.endings import usage
 from gptoss.cli.terminal import bar
 
@@ -29,6 +30,12 @@ Precision = Annotated[
 ]
 Threads = Annotated[
     int | None, Option(min=1, help="native: how many compute", default="one for each core")
+]
+Memory = Annotated[
+    str | None,
+    Option(
+        help="native: most to take, as 12GB; experts beyond stay on disk", default="what is free"
+    ),
 ]
 Dtype = Annotated[
     str | None, Option(help="torch, reference: compute in float32, bfloat16 or float64")
@@ -84,6 +91,17 @@ class Drawing:
         }
 
 
+def size(text: str | None) -> int | None:
+    """Bytes, of "12GB" or "800 MB"; a number without a unit counts bytes."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kmgt])?b)?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise WrongCommandLine(f"--memory: {text!r} is not a size such as 12GB")
+    unit = 1000.0 ** " kmgt".index((found[2] or " ").lower())
+    return round(float(found[1]) * unit)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Loading:
     """How a model is run."""
@@ -91,6 +109,7 @@ class Loading:
     backend: Backend = "auto"
     precision: Precision = None
     threads: Threads = None
+    memory: Memory = None
     dtype: Dtype = None
     device: Device = None
     context: Context = None
@@ -113,6 +132,7 @@ class Loading:
                 self.context,
                 precision=self.precision,
                 threads=self.threads,
+                memory=size(self.memory),
                 force=self.force,
                 announce=None if self.quiet else announce,
                 progress=progress,

@@ -20,11 +20,19 @@ class Needs:
     weights: int
     cache: int  # keys and values of max_tokens
     working: int  # the largest step's intermediate values
+    mapped: int = 0  # of the weights, packed experts that may stay on disk until they are used
+    layer: int = 0  # of those, one layer's: a prompt uses them all at once
+    visited: int = 0  # of those, what a token uses in all layers
 
     @property
     def total(self) -> int:
         """All together."""
         return self.weights + self.cache + self.working
+
+    @property
+    def least(self) -> int:
+        """The same with the experts of all layers but one on disk."""
+        return self.total - self.mapped + self.layer
 
 
 def estimate(
@@ -32,7 +40,7 @@ def estimate(
 ) -> Needs:
     """Memory to run a model in these ``numbers``: a dtype, or the native backend's precision.
 
-    Pages of a mapped file count like any other: they are needed for every token.
+    Pages of a mapped file count like any other, though ``mapped`` ones need not all stay.
     """
     match backend:
         case "native":
@@ -62,12 +70,17 @@ def _native(c: ModelConfig, precision: str, max_tokens: int, packed: bool) -> Ne
     D, F, V, heads = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_attention_heads
     matrices = V * D + c.num_hidden_layers * D * (c.qkv_size + heads * c.head_dim)
     rounded = matrices if precision == "fast" else 0
+    stored = round(experts * _stored(packed))
+    mapped = stored if packed else 0
     step = min(STEP_TOKENS, max_tokens)
     a_token = 8 * D + 2 * c.qkv_size + c.experts_per_token * (3 * F + 2 * D)  # float32 values
     return Needs(
-        weights=round(2 * (dense - rounded) + ROUNDED * rounded + experts * _stored(packed)),
+        weights=round(2 * (dense - rounded) + ROUNDED * rounded) + stored,
         cache=_cached(c, max_tokens, NATIVE_CHUNK) * 2,
         working=4 * step * a_token + 4 * heads * max_tokens + 32 * V,
+        mapped=mapped,
+        layer=mapped // c.num_hidden_layers,
+        visited=mapped * c.experts_per_token // c.num_experts,
     )
 
 

@@ -14,6 +14,7 @@ from gptoss.model.config import ModelConfig
 
 ROOM = 16_384  # tokens of prompt and answer, unless more is asked for
 TINY = 50_000_000  # parameters up to which starting torch takes longer than answering
+RESERVE = 1_500_000_000  # bytes left to the system and its file cache while experts are on disk
 GIVEN = "as asked"
 MEANING = {"exact": "weights as published", "fast": "dense matrices in 8 bits"}
 # What a GPU's driver leaves on Linux: NVIDIA's, AMD's, Windows' below it.
@@ -36,24 +37,40 @@ class Plan:
     max_tokens: int  # room for prompt and answer
     needs: Needs
     available: int | None  # bytes of memory; None: unknown
+    resident: int | None = None  # bytes of experts in memory, the others on disk; None: all
+
+    @property
+    def total(self) -> int:
+        """Bytes of memory that it takes."""
+        on_disk = 0 if self.resident is None else self.needs.mapped - self.resident
+        return self.needs.total - on_disk
 
     def __str__(self) -> str:
         have = "unknown" if self.available is None else f"{size(self.available)} free"
         numbers = self.dtype or f"{self.precision} precision ({MEANING[self.precision or 'exact']})"
         threads = f", {self.threads} threads" if self.threads is not None else ""
+        needs, on_disk = self.needs, ""
+        if self.resident is not None:
+            on_disk = (
+                f"\nexperts stay on disk, at most {size(self.resident)} of their "
+                f"{size(needs.mapped)} in memory; expect {size(needs.visited)} read per token at "
+                "worst"
+            )
         return (
             f"{self.path}: {self.layout} layout, {size(self.disk_bytes)} on disk; "
             f"{self.backend} backend in {numbers} on {self.device}{threads} ({self.reason})\n"
-            f"memory: {size(self.needs.total)} = weights {size(self.needs.weights)} + cache "
-            f"{size(self.needs.cache)} for {self.max_tokens} tokens + working memory "
-            f"{size(self.needs.working)}; {have}"
+            f"memory: {size(self.total)} = weights "
+            f"{size(self.total - needs.cache - needs.working)} + cache {size(needs.cache)} for "
+            f"{self.max_tokens} tokens + working memory {size(needs.working)}; {have}{on_disk}"
         )
 
     def check(self) -> None:
         """Raises GptOssError when it cannot fit."""
-        if self.available is not None and self.needs.total > self.available:
+        if self.available is not None and self.total > self.available:
+            least = self.needs.least + RESERVE
+            on_disk = f", or {size(least)} with its experts on disk" if least < self.total else ""
             raise GptOssError(
-                f"{self.path} needs about {size(self.needs.total)} of memory to run, but "
+                f"{self.path} needs about {size(self.total)} of memory to run{on_disk}, but "
                 f"{size(self.available)} are free. {self._advice()}"
             )
 
@@ -75,14 +92,14 @@ def make_plan(
     device: str | None = None,
     precision: str | None = None,
     threads: int | None = None,
+    memory: int | None = None,
     max_tokens: int | None = None,
 ) -> Plan:
     """Decide what was left open. Raises ValueError for what no backend is, takes or holds."""
     config = checkpoint.config
-    chosen, where, reason = choose(
-        config, backend, device, dtype=dtype, native=precision is not None or threads is not None
-    )
-    check_options(chosen, dtype=dtype, precision=precision, threads=threads)
+    native = any(given is not None for given in (precision, threads, memory))
+    chosen, where, reason = choose(config, backend, device, dtype=dtype, native=native)
+    check_options(chosen, dtype=dtype, precision=precision, threads=threads, memory=memory)
     if chosen == "native":
         numbers = precision = precision or ("exact" if parameters(config) <= TINY else "fast")
     else:
@@ -96,6 +113,8 @@ def make_plan(
         raise ValueError(
             f"max_tokens (--context) must be in 1..{config.context_length}, not {room}"
         )
+    needs = estimate(config, chosen, numbers, room, packed=checkpoint.layout.packed)
+    available = _free(where)
     return Plan(
         path=checkpoint.path,
         layout=checkpoint.layout.name,
@@ -107,9 +126,33 @@ def make_plan(
         threads=threads,
         reason=reason,
         max_tokens=room,
-        needs=estimate(config, chosen, numbers, room, packed=checkpoint.layout.packed),
-        available=_free(where),
+        needs=needs,
+        available=available,
+        resident=share(needs, available, memory),
     )
+
+
+def share(needs: Needs, available: int | None, memory: int | None) -> int | None:
+    """Bytes of experts to keep in memory at a time; None: all of them, or there is no such way.
+
+    Args:
+        memory: what the whole model may take; None: what is available, less ``RESERVE`` where
+            that is too little for all.
+
+    Raises:
+        ValueError: in so little memory it cannot run.
+    """
+    if memory is not None and memory < needs.least:
+        raise ValueError(
+            f"memory (--memory) must be at least {size(needs.least)} for this model, "
+            f"not {size(memory)}"
+        )
+    room = needs.total if memory is None else memory
+    if available is not None and available < needs.total:
+        room = min(room, available - RESERVE)
+    if not needs.least <= room < needs.total:
+        return None
+    return room - (needs.total - needs.mapped)
 
 
 def choose(
@@ -134,7 +177,7 @@ def choose(
     if backend == "torch" or device not in (None, "cpu"):
         return "torch", device or ("cuda" if _gpu() else "cpu"), GIVEN
     if native:
-        return "native", "cpu", "precision and threads are its own"
+        return "native", "cpu", "precision, threads and memory are its own"
     tiny = parameters(config) <= TINY
     if not tiny and device is None and _gpu():
         return "torch", "cuda", "torch is installed, with a GPU"

@@ -42,6 +42,7 @@ class TokenGenerator:
         device: str | None = None,
         precision: str | None = None,
         threads: int | None = None,
+        memory: int | None = None,
         max_tokens: int | None = None,
         force: bool = False,
         announce: Announce | None = None,
@@ -54,6 +55,8 @@ class TokenGenerator:
             precision: of the native backend: "fast" (8-bit; the default) or "exact" (the weights
                 as published in float32 arithmetic; the default of a tiny model).
             threads: of the native backend; by default one for each core.
+            memory: of the native backend: bytes that the model may take. What does not fit of
+                packed experts stays on disk and is read when used. By default, what is free.
             max_tokens: room for prompt and answer together; by default 16,384, or the model's
                 context if that is less.
             force: load although memory is too little.
@@ -75,6 +78,7 @@ class TokenGenerator:
             device=device,
             precision=precision,
             threads=threads,
+            memory=memory,
             max_tokens=max_tokens,
         )
         if announce is not None:
@@ -90,10 +94,12 @@ class TokenGenerator:
                 device=self.plan.device,
                 precision=self.plan.precision,
                 threads=self.plan.threads,
+                resident=self.plan.resident,
             ),
             vocab_size=sampled_size(self.tokenizer),
             max_tokens=self.plan.max_tokens,
         )
+        opened.release()
 
     @overload
     def generate(

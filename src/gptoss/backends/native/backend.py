@@ -9,6 +9,7 @@ import numpy.typing as npt
 from gptoss import _core
 from gptoss.backends.native.cache import NativeCache, NativeView
 from gptoss.backends.native.ops import NativeOps, weight, widened
+from gptoss.backends.native.resident import Resident
 from gptoss.backends.protocol import Batch, Cache, Sampling
 from gptoss.backends.sampling import sample_rows
 from gptoss.model import model
@@ -29,9 +30,11 @@ class NativeBackend:
             to 8 bits before each product with those and with MXFP4 experts.
         threads: how many share an operation; None: the cores this process may use.
         kv: how keys and values are kept, "bfloat16" or "float32".
+        resident: most bytes of packed experts to keep mapped; the others stay on disk until they
+            are used. None: no limit.
 
     Raises:
-        ValueError: an unknown precision or kv, or no thread.
+        ValueError: an unknown precision or kv, no thread, or nothing resident.
     """
 
     def __init__(
@@ -41,11 +44,13 @@ class NativeBackend:
         precision: str = "fast",
         threads: int | None = None,
         kv: str = "bfloat16",
+        resident: int | None = None,
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
         _core.set_threads(_core.usable_cores() if threads is None else threads)
-        self.config, self.precision, self.kv, self.ops = config, precision, kv, NativeOps()
+        held = None if resident is None else Resident(resident)
+        self.config, self.precision, self.kv, self.ops = config, precision, kv, NativeOps(held)
 
         def load(name: str) -> Any:
             stored = read(name)
@@ -53,6 +58,8 @@ class NativeBackend:
                 experts = weight(stored)
                 if precision == "fast" and not isinstance(stored, np.ndarray):
                     experts.round_to_bytes()
+                if held is not None:
+                    held.watch(experts, stored)
                 return experts
             if name == "embedding.weight":
                 return stored
@@ -64,6 +71,8 @@ class NativeBackend:
             return widened(np.asarray(stored))
 
         self.weights = build(config, load)
+        if held is not None:
+            held.settle()
 
     def new_cache(self, *, max_tokens: int) -> NativeCache:
         """See ``Backend.new_cache``."""
@@ -82,8 +91,8 @@ class NativeBackend:
         def keep(name: str, x: Any) -> None:
             traced.setdefault(name, []).append((here, x))
 
-        _core.begin_step()
         try:
+            _core.begin_step()  # in here: an interrupt right behind it must end the step
             for piece, here in pieces(batch, STEP):
                 logits[here] = model.forward(
                     self.weights,

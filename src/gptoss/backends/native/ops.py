@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptoss import _core
+from gptoss.backends.native.resident import Resident
 from gptoss.model.config import ModelConfig
 from gptoss.model.mxfp4 import Packed
 from gptoss.model.reference import rope_tables
@@ -16,7 +17,9 @@ Floats = npt.NDArray[np.float32]
 class NativeOps:
     """``Ops`` in C++, with NumPy for what only moves or compares a few numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, resident: Resident | None = None) -> None:
+        """``resident``: what keeps experts within a budget of memory; None: nothing does."""
+        self.resident = resident
         self.turned: tuple[Any, Floats, Floats] | None = None  # positions, cos, sin
 
     def gather(self, table: Any, rows: npt.NDArray[np.int32]) -> Floats:
@@ -49,12 +52,15 @@ class NativeOps:
         chosen = np.argsort(-scores, axis=-1, kind="stable")[:, :k].astype(np.int32)
         best = np.take_along_axis(scores, chosen, axis=-1)
         share = np.exp(best - best[:, :1])
-        return chosen, share / share.sum(axis=-1, keepdims=True)
+        doubt = 0 * scores.sum(axis=-1, keepdims=True)  # NaN, which sorting puts last, stays seen
+        return chosen, share / share.sum(axis=-1, keepdims=True) + doubt
 
     def experts(
         self, x: Floats, w: Any, chosen: npt.NDArray[np.int32], share: Floats, config: ModelConfig
     ) -> Floats:
         """See ``Ops.experts``."""
+        if self.resident is not None:
+            self.resident.use((w.mlp1, w.mlp2), chosen)
         out = np.empty_like(x)
         limit = config.swiglu_limit
         _core.experts(x, w.mlp1, w.mlp1_bias, w.mlp2, w.mlp2_bias, chosen, share, limit, out)
