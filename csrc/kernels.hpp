@@ -29,9 +29,10 @@ struct Matrix {
     i64 blocks() const { return (columns + 31) / 32; }  // a row; the last may be short
 };
 
-// A matrix of bytes: value = (code - offset) * scale. Sixteen rows make a tile. A tile's blocks of
-// 32 columns come in the order of `block_order`: 0, 4, 8, ... then 1, 5, 9, ... A block is 8 x 64
-// codes: 16 rows x 4 columns (evens first, as in Bytes), and 16 scales in bfloat16.
+// A matrix of bytes: value = (code - offset) * scale / 2. (The other half is in Bytes: the codes of
+// MXFP4 are twice its values.) Sixteen rows make a tile. Its blocks of 32 columns lie in the order
+// 0, 4, 8, ... then 1, 5, 9, ... A block is 8 x 64 codes: 16 rows x 4 columns each, the even columns
+// first, as in Bytes; and 16 scales in bfloat16.
 struct Tiles {
     const std::uint8_t* codes = nullptr;   // [tiles, blocks, 8, 16, 4]
     const std::uint16_t* scales = nullptr; // [tiles, blocks, 16]
@@ -42,8 +43,9 @@ struct Tiles {
     i64 blocks() const { return (columns + 31) / 32; }
 };
 
-// Rows of activations as int8, a scale to each block of 32 columns. Four blocks make a group of
-// 128 bytes: the 16 evens of each block, then the 16 odds of each block. The last is padded with 0.
+// Rows of activations as int8: value = q * scale * 2, a scale to each block of 32 columns. Four
+// blocks make a group of 128 bytes: the 16 evens of each block, then the 16 odds of each block. The
+// last group is padded with zeros.
 struct Bytes {
     std::int8_t* q = nullptr;     // [rows, groups, 128]
     float* scale = nullptr;       // [rows, groups, 16]: each block's four times

@@ -66,13 +66,18 @@ void Pool::share(std::int64_t items, Call call, void* work) {
     call_ = call, work_ = work, items_ = items;
     next_.store(0, std::memory_order_relaxed);
     busy_.store(int(workers_.size()), std::memory_order_relaxed);
-    round_.fetch_add(1, std::memory_order_release);
+    round_.fetch_add(1);
+    // Another Python thread may have ended its step meanwhile, and the workers gone to sleep.
+    if (!awake_) {
+        std::lock_guard lock(mutex_);
+        wake_.notify_all();
+    }
     take(0);
     for (int spins = 0; busy_.load(std::memory_order_acquire);) wait_a_little(spins);
     if (alone) end();
 }
 
-void Pool::take(int thread) {
+void Pool::take(int thread) noexcept {
     for (;;) {
         std::int64_t item = next_.fetch_add(1, std::memory_order_relaxed);
         if (item >= items_) return;
@@ -84,7 +89,7 @@ void Pool::serve(int thread) {
     std::uint64_t seen = 0;
     for (;;) {
         for (int spins = 0; round_.load(std::memory_order_acquire) == seen;) {
-            if (awake_.load(std::memory_order_relaxed) && !stop_.load(std::memory_order_relaxed)) {
+            if (awake_ && !stop_.load(std::memory_order_relaxed)) {
                 wait_a_little(spins);
                 continue;
             }
@@ -122,20 +127,25 @@ int usable_cores() {
 namespace {
 std::unique_ptr<Pool> the_pool;
 std::mutex making;
-}  // namespace
 
-Pool& pool() {
+// A forked child has no threads but the one that forked: it makes a pool of its own.
+void heed_forks() {
 #ifdef __linux__
-    // A forked child has no threads but the one that forked: it makes a pool of its own.
     static const int once = pthread_atfork(nullptr, nullptr, [] { (void)the_pool.release(); });
     (void)once;
 #endif
+}
+}  // namespace
+
+Pool& pool() {
+    heed_forks();
     std::lock_guard lock(making);
     if (!the_pool) the_pool = std::make_unique<Pool>(usable_cores());
     return *the_pool;
 }
 
 void set_threads(int threads) {
+    heed_forks();
     std::lock_guard lock(making);
     if (the_pool && the_pool->size() == std::max(1, threads)) return;
     the_pool.reset();

@@ -46,7 +46,7 @@ private:
     using Call = void (*)(void*, std::int64_t, int);
     void share(std::int64_t items, Call call, void* work);
     void serve(int thread);
-    void take(int thread);
+    void take(int thread) noexcept;  // work that throws ends the program: others still use it
 
     std::vector<std::thread> workers_;
     // What is to be done; written before round_ is raised, read after it is seen.

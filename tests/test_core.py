@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-ASKED = {"avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16"}
+ASKED = {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16"}
 CPUINFO = Path("/proc/cpuinfo")
 
 core = pytest.importorskip("gptoss._core", reason="gptoss was installed without a compiler")

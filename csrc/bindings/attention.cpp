@@ -74,8 +74,7 @@ void attend_rows(Heads q, Heads k, Heads v, Line<float> sinks, Mixed out, Line<s
                 refuse("row " + std::to_string(r) + " lacks page " + std::to_string(page));
         rows[r] = {tables[r].data(), starts(r), count, before};
     }
-    nb::gil_scoped_release free;
-    std::lock_guard lock(one_operation());
+    Turn turn;
     attend(a, rows.data(), i64(R), pool());
 }
 

@@ -6,6 +6,8 @@
 
 #include "cpu.hpp"
 
+namespace nb = nanobind;
+
 NB_MODULE(_core, m) {
     m.doc() = "The compiled part of gptoss.";
     m.def("cpu_features", &gptoss::cpu_features,
@@ -13,4 +15,6 @@ NB_MODULE(_core, m) {
     gptoss::bind_ops(m);
     gptoss::bind_attention(m);
     gptoss::bind_roofline(m);
+    nb::set_leak_warnings(false);  // a thread that still runs when Python ends keeps its model
+    nb::module_::import_("atexit").attr("register")(nb::cpp_function(&gptoss::last_turn));
 }

@@ -6,8 +6,10 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <atomic>
 #include <mutex>
 #include <optional>
+#include <thread>
 
 #include "../ops/linear.hpp"
 #include "../threads.hpp"
@@ -18,9 +20,25 @@ using namespace nb::literals;
 
 namespace gptoss {
 
-std::mutex& one_operation() {
-    static std::mutex mutex;
-    return mutex;
+namespace {
+std::mutex turns;
+std::atomic<std::thread::id> last;
+}  // namespace
+
+Turn::Turn() : thread_(PyEval_SaveThread()), alone_(last.load() != std::this_thread::get_id()) {
+    if (alone_) turns.lock();
+}
+
+Turn::~Turn() {
+    PyEval_RestoreThread(thread_);
+    if (alone_) turns.unlock();
+}
+
+void last_turn() {
+    PyThreadState* thread = PyEval_SaveThread();
+    turns.lock();
+    PyEval_RestoreThread(thread);
+    last = std::this_thread::get_id();
 }
 
 namespace {
@@ -70,8 +88,7 @@ void bind_ops(nb::module_& m) {
         .def("round_to_bytes",
              [](OwnedWeight& self) {
                  {
-                     nb::gil_scoped_release free;
-                     std::lock_guard lock(one_operation());
+                     Turn turn;
                      round_weight(self);
                  }
                  if (self.tiles.codes) self.stored.data = nullptr, self.data = nb::none();
@@ -87,8 +104,7 @@ void bind_ops(nb::module_& m) {
               require(i64(x.shape(1)) == w.stored.columns, "linear: x and weight differ in columns");
               require(i64(out.shape(0)) == T && i64(out.shape(1)) == O, "linear: out must be [T, rows]");
               require(!bias || i64(bias->shape(0)) == O, "linear: a bias has as many numbers as weight has rows");
-              nb::gil_scoped_release free;
-              std::lock_guard lock(one_operation());
+              Turn turn;
               linear(x.data(), T, w, bias ? bias->data() : nullptr, out.data());
           },
           "x"_a, "weight"_a, "bias"_a.none(), "out"_a, "out [T, O] = x [T, i] @ weight.T + bias");
@@ -106,13 +122,21 @@ void bind_ops(nb::module_& m) {
               require(i64(out.shape(0)) == T && i64(out.shape(1)) == D, "experts: out must be [T, D]");
               require(std::all_of(chosen.data(), chosen.data() + T * k, [&](auto e) { return e >= 0 && e < E; }),
                       "experts: chosen names an expert that is not there");
-              nb::gil_scoped_release free;
-              std::lock_guard lock(one_operation());
+              Turn turn;
               ExpertWeights w{mlp1, mlp2, bias1.data(), bias2.data(), E, D, F, limit};
               experts(x.data(), T, w, chosen.data(), share.data(), k, out.data());
           },
           "x"_a, "mlp1"_a, "bias1"_a, "mlp2"_a, "bias2"_a, "chosen"_a, "share"_a, "limit"_a, "out"_a,
           "out [T, D] = the chosen experts' answers to x [T, D], weighted and summed");
+
+    m.def("route",
+          [](In<float, 2> scores, Out<std::int32_t, 2> chosen, Out<float, 2> share) {
+              const i64 T = i64(scores.shape(0)), E = i64(scores.shape(1)), k = i64(chosen.shape(1));
+              require(k <= E && i64(chosen.shape(0)) == T && i64(share.shape(0)) == T && i64(share.shape(1)) == k,
+                      "route: chosen and share must be [T, k], k at most E");
+              route(scores.data(), T, E, k, chosen.data(), share.data());
+          },
+          "scores"_a, "chosen"_a, "share"_a, "the k best of each row of scores [T, E], and the softmax over those");
 
     m.def("rms_norm",
           [](In<float, 2> x, In<float, 1> scale, float eps, Out<float, 2> out) {
@@ -139,8 +163,7 @@ void bind_ops(nb::module_& m) {
     m.def("end_step", [] { pool().end(); }, "Threads sleep until the next operation.");
     m.def("set_threads", [](int n) {
         require(n >= 1 && n <= 1024, "threads must be 1 to 1024");
-        nb::gil_scoped_release free;
-        std::lock_guard lock(one_operation());
+        Turn turn;
         set_threads(n);
     }, "n"_a);
     m.def("threads", [] { return pool().size(); }, "Threads that share an operation.");

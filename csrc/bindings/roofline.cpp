@@ -23,15 +23,13 @@ void check_passes(int passes) {
 double measured_bandwidth(std::int64_t bytes, int passes) {
     check_passes(passes);
     if (bytes < 1) throw std::invalid_argument("bytes must be at least 1");
-    nb::gil_scoped_release free;
-    std::lock_guard lock(one_operation());
+    Turn turn;
     return read_bandwidth(bytes, passes);
 }
 
 std::vector<std::tuple<std::string, double, double>> measured_peaks(int passes) {
     check_passes(passes);
-    nb::gil_scoped_release free;
-    std::lock_guard lock(one_operation());
+    Turn turn;
     std::vector<std::tuple<std::string, double, double>> rows;
     for (const auto& p : peaks(passes)) rows.emplace_back(p.isa, p.float32, p.int8);
     return rows;

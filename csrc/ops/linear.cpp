@@ -1,6 +1,7 @@
 #include "linear.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <numeric>
 
@@ -13,6 +14,7 @@ namespace {
 constexpr i64 FEW = 4;         // tokens up to which weights are decoded for each of them again
 constexpr i64 TILE_ROWS = 64;  // rows of bytes one thread takes at a time: they fit its own cache
 constexpr i64 SPLIT_ROWS = 48; // rows of floats
+constexpr i64 LONG_ROWS = 384; // rows that are read once: what is asked for ahead of the last ones is in vain
 
 // Memory that grows and is kept, without being filled.
 template <class T>
@@ -159,9 +161,15 @@ void experts(const float* x, i64 T, const ExpertWeights& w, const std::int32_t* 
         return items;
     };
 
+    i64 most = 0;  // tokens of the expert that has most
+    for (i64 e = 0; e < w.E; e++) most = std::max(most, starts[std::size_t(e + 1)] - starts[std::size_t(e)]);
+    auto step_of = [&](const Weight& m) {  // even: a gate and its up stay together
+        return most <= FEW ? LONG_ROWS : m.bytes ? TILE_ROWS : SPLIT_ROWS;
+    };
+
     for_first.from(x, T, D, w.mlp1.bytes);
     float* act = hidden.get(visits * F);  // [visits, F]
-    i64 step = w.mlp1.bytes ? TILE_ROWS : SPLIT_ROWS;  // even: a gate and its up stay together
+    i64 step = step_of(w.mlp1);
     auto items = items_of(2 * F, step);
     pool().run(i64(items.size()), [&](i64 i, int) {
         const i64 e = items[std::size_t(i)].e, row = items[std::size_t(i)].row, rows = std::min(step, 2 * F - row);
@@ -175,7 +183,7 @@ void experts(const float* x, i64 T, const ExpertWeights& w, const std::int32_t* 
 
     for_second.from(act, visits, F, w.mlp2.bytes);
     float* answers = each.get(visits * D);  // [visits, D]
-    step = w.mlp2.bytes ? TILE_ROWS : SPLIT_ROWS;
+    step = step_of(w.mlp2);
     items = items_of(D, step);
     pool().run(i64(items.size()), [&](i64 i, int) {
         const i64 e = items[std::size_t(i)].e, row = items[std::size_t(i)].row, rows = std::min(step, D - row);
@@ -190,6 +198,22 @@ void experts(const float* x, i64 T, const ExpertWeights& w, const std::int32_t* 
         fn.blend(rows.data(), share + t * k, k, D, out + t * D);
     };
     pool().run(T, gather, T * k * D * 4);
+}
+
+void route(const float* scores, i64 T, i64 E, i64 k, std::int32_t* chosen, float* share) {
+    for (i64 t = 0; t < T; t++, scores += E, chosen += k, share += k) {
+        bool doubt = false;
+        for (i64 e = 0; e < E; e++) doubt |= scores[e] != scores[e];
+        float total = 0;
+        for (i64 i = 0; i < k; i++) {
+            i64 best = -1;
+            for (i64 e = 0; e < E; e++)
+                if (std::find(chosen, chosen + i, e) == chosen + i && (best < 0 || scores[e] > scores[best])) best = e;
+            chosen[i] = std::int32_t(best);
+            total += share[i] = std::exp(scores[best] - scores[chosen[0]]);
+        }
+        for (i64 i = 0; i < k; i++) share[i] = doubt ? std::nanf("") : share[i] / total;
+    }
 }
 
 void release_scratch() {

@@ -37,6 +37,10 @@ struct ExpertWeights {
 void experts(const float* x, i64 T, const ExpertWeights& w, const std::int32_t* chosen,
              const float* share, i64 k, float* out);
 
+// The k best of E scores, best first, of equal ones the first; and the softmax over just those, which
+// is NaN where any score is. scores: [T, E]; chosen, share: [T, k].
+void route(const float* scores, i64 T, i64 E, i64 k, std::int32_t* chosen, float* share);
+
 // Gives back what the operations keep between calls, except each thread's own.
 void release_scratch();
 

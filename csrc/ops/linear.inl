@@ -374,6 +374,12 @@ static void unpack_tile(const Matrix& w, i64 row, std::uint8_t* codes, std::uint
 
 static inline F16 magnitude(F16 x) { return max(x, sub(set(0), x)); }
 
+// 0, or NaN where one of the 32 is no number: maxima do not tell.
+static inline float doubt(F16 even, F16 odd) { return sum(fma(even, set(0), mul(odd, set(0)))); }
+
+// x / scale as integers; what is no number becomes one, its scale does not.
+static inline I16 codes_of(F16 x, float inverse) { return to_int(max(mul(x, set(inverse)), set(-127.f))); }
+
 template <class Row>
 static void round_rows(const Matrix& w, i64 row, std::uint8_t* codes, std::uint16_t* scales) {
     const i64 blocks = w.blocks(), whole = w.columns / 32;
@@ -388,14 +394,15 @@ static void round_rows(const Matrix& w, i64 row, std::uint8_t* codes, std::uint1
             else if (r < real) here.tail(b, w.columns % 32, even, odd);
             // the scale in bfloat16, rounded up: no code exceeds 127
             float top = most(max(magnitude(even), magnitude(odd))) / 127.f;
+            if (doubt(even, odd) != 0.f) top = __builtin_nanf("");
             std::uint32_t up;
             __builtin_memcpy(&up, &top, 4);
             up = (up + 0xffffu) & 0xffff0000u;
             __builtin_memcpy(&top, &up, 4);
-            F16 inverse = set(top > 0.f ? 1.f / top : 0.f);
+            const float inverse = top > 0.f ? 1.f / top : 0.f;
             std::int8_t q[32];
-            store_bytes(q, to_int(mul(even, inverse)));
-            store_bytes(q + 16, to_int(mul(odd, inverse)));
+            store_bytes(q, codes_of(even, inverse));
+            store_bytes(q + 16, codes_of(odd, inverse));
             const i64 at = place[b % 4] + b / 4;
             for (int j = 0; j < 8; j++) {
                 std::uint32_t four;
@@ -430,10 +437,10 @@ static void round_row(const float* x, i64 columns, const Bytes& out, i64 i) {
                 split_floats(some, even, odd);
             }
             float top = most(max(magnitude(even), magnitude(odd)));
-            F16 inverse = set(top > 0.f ? 127.f / top : 0.f);
-            I16 a = to_int(mul(even, inverse)), b = to_int(mul(odd, inverse));
+            const float inverse = top > 0.f ? 127.f / top : 0.f;
+            I16 a = codes_of(even, inverse), b = codes_of(odd, inverse);
             store_bytes(q + c * 16, a), store_bytes(q + 64 + c * 16, b);
-            const float s = top / 127.f * .5f;
+            const float s = top / 127.f * .5f + doubt(even, odd);
             std::int32_t n_sum = std::int32_t(sum(add(to_float(a), to_float(b))));
             for (int r = 0; r < 4; r++) scale[c * 4 + r] = s, total[c * 4 + r] = n_sum;
         }

@@ -36,10 +36,11 @@ static inline F16 exponential(F16 x) {
 
 // gate * sigmoid(1.702 gate) * (up + 1); gate and up interleaved, clamped: reference.swiglu
 static inline F16 swiglu(F16 gate, F16 up, F16 limit) {
+    const F16 doubt = fma(gate, set(0), mul(up, set(0)));  // NaN where the clamps hide one, else 0
     gate = min(gate, limit);
     up = min(max(up, sub(set(0), limit)), limit);
     F16 down = add(set(1.f), exponential(mul(set(-1.702f), gate)));
-    return mul(div(gate, down), add(up, set(1.f)));
+    return fma(div(gate, down), add(up, set(1.f)), doubt);
 }
 
 static void swiglu_row(const float* x, i64 half, float limit, float* out) {

@@ -38,6 +38,9 @@ def experts(
 ) -> None:
     """out [T, D] = the chosen experts' answers to x [T, D], weighted and summed."""
 
+def route(scores: Any, chosen: Any, share: Any) -> None:
+    """chosen int32 [T, k], the best of scores [T, E]; share [T, k], the softmax over those."""
+
 def rms_norm(x: Any, scale: Any, eps: float, out: Any) -> None:
     """out = x / sqrt(mean(x ** 2) + eps) * scale, row by row."""
 

@@ -201,7 +201,7 @@ def test_swiglu_over_the_whole_range():
     up = np.linspace(-12, 12, F).astype(np.float32)
     x = np.stack([gate, up], axis=1).reshape(1, 2 * F)
     mlp1 = np.eye(2 * F, dtype=np.float32)[None]
-    mlp2 = np.eye(F, dtype=np.float32)[None].repeat(2, 1)  # [1, 2F, F]
+    mlp2 = np.tile(np.eye(F, dtype=np.float32), (2, 1))[None]  # [1, 2F, F]
     zero1, zero2 = np.zeros((1, 2 * F), np.float32), np.zeros((1, 2 * F), np.float32)
     tree = {"norm": None, "gate": None, "gate_bias": None}
     w = Mixture(**tree, mlp1=weight(mlp1), mlp1_bias=zero1, mlp2=weight(mlp2), mlp2_bias=zero2)
@@ -216,7 +216,7 @@ def test_widened_is_the_same_number():
     assert np.array_equal(widened(x), x.astype(np.float32), equal_nan=True)
 
 
-@pytest.mark.parametrize("byte", [0, 1, 2, 127, 254])
+@pytest.mark.parametrize("byte", [0, 1, 2, 127, 249])
 def test_every_scale_of_mxfp4(byte):
     blocks = np.arange(16, dtype=np.uint8).repeat(2).reshape(1, 2, 16) * 17
     packed = mxfp4.Packed(blocks.repeat(5, 0), np.full((5, 2), byte, np.uint8))

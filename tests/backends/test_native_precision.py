@@ -179,3 +179,9 @@ def test_a_prompt_gets_the_same_bits_whole_and_in_pieces(small, threads):
         few = tokens[: 2 * piece + 1]
         ours = logits_of(small, few, [piece, piece, 1])
         assert np.array_equal(ours, whole[: len(few)]), f"pieces of {piece}"
+
+
+def test_exact_keeps_keys_and_values_as_they_are():
+    config, read, _ = nano()
+    assert NativeBackend(config, read, "exact").kv == "float32"
+    assert NativeBackend(config, read, "fast").kv == "bfloat16"

@@ -48,7 +48,7 @@ def text(length, seed=0):
 
 def steps(backend, lengths):
     """Logits of a row that arrives in steps of these lengths."""
-    cache, past, tokens = backend.new_cache(max_tokens=200), 0, text(sum(lengths))
+    cache, past, tokens = backend.new_cache(max_tokens=1000), 0, text(sum(lengths))
     slot = cache.open()
     for n in lengths:
         batch = Batch.of([tokens[past : past + n]], [past], [slot], range(n))
@@ -156,6 +156,16 @@ def test_experts_are_asked_for_before_the_first_product(checkpoint, monkeypatch,
     next(steps(backend, [1]))
     order = [what for what, _ in said if what != "go"]
     assert order == (["need"] * 2 * 2 * 2 + ["product"]) * 4  # experts, matrices, blocks and scales
+
+
+def test_a_long_prompt_reads_every_expert_once(checkpoint, said):
+    free, tight = (
+        next(steps(NativeBackend(CONFIG, checkpoint.read, "fast", resident=n), [700]))
+        for n in (None, 1)
+    )
+    needed = [what for what, _ in said].count("need")
+    assert needed == 4 * 8 * 2 * 2  # layers, experts, matrices, blocks and scales
+    assert np.array_equal(free, tight)
 
 
 class Recorder:

@@ -36,15 +36,22 @@ class Needs:
 
 
 def estimate(
-    config: ModelConfig, backend: str, numbers: str, max_tokens: int, *, packed: bool = True
+    config: ModelConfig,
+    backend: str,
+    numbers: str,
+    max_tokens: int,
+    *,
+    packed: bool = True,
+    step: int = STEP_TOKENS,
 ) -> Needs:
     """Memory to run a model in these ``numbers``: a dtype, or the native backend's precision.
 
+    ``step``: of the native backend, tokens of a prompt that are computed together at most.
     Pages of a mapped file count like any other, though ``mapped`` ones need not all stay.
     """
     match backend:
         case "native":
-            return _native(config, numbers, max_tokens, packed)
+            return _native(config, numbers, max_tokens, packed, step)
         case "reference":
             return _reference(config, BYTES[numbers], max_tokens, packed)
         case _:
@@ -64,7 +71,7 @@ def parameters(config: ModelConfig) -> int:
     return sum(counts(config))
 
 
-def _native(c: ModelConfig, precision: str, max_tokens: int, packed: bool) -> Needs:
+def _native(c: ModelConfig, precision: str, max_tokens: int, packed: bool, step: int) -> Needs:
     """Everything as stored; fast rounds the matrices that every token passes through."""
     dense, experts = counts(c)
     D, F, V, heads = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_attention_heads
@@ -72,11 +79,11 @@ def _native(c: ModelConfig, precision: str, max_tokens: int, packed: bool) -> Ne
     rounded = matrices if precision == "fast" else 0
     stored = round(experts * _stored(packed))
     mapped = stored if packed else 0
-    step = min(STEP_TOKENS, max_tokens)
+    beside, step = max(NATIVE_CHUNK, step), min(step, max_tokens)
     a_token = 8 * D + 2 * c.qkv_size + c.experts_per_token * (3 * F + 2 * D)  # float32 values
     return Needs(
         weights=round(2 * (dense - rounded) + ROUNDED * rounded) + stored,
-        cache=_cached(c, max_tokens, NATIVE_CHUNK) * 2,
+        cache=_cached(c, max_tokens, beside) * (2 if precision == "fast" else 4),
         working=4 * step * a_token + 4 * heads * max_tokens + 32 * V,
         mapped=mapped,
         layer=mapped // c.num_hidden_layers,

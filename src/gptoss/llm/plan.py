@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gptoss.backends import NAMES, check_options, has_native
 from gptoss.checkpoint.open import Checkpoint
+from gptoss.engine.generate import STEP_TOKENS
 from gptoss.errors import GptOssError
 from gptoss.llm.memory import available_memory
 from gptoss.llm.needs import BYTES, Needs, estimate, parameters
@@ -15,6 +16,8 @@ from gptoss.model.config import ModelConfig
 ROOM = 16_384  # tokens of prompt and answer, unless more is asked for
 TINY = 50_000_000  # parameters up to which starting torch takes longer than answering
 RESERVE = 1_500_000_000  # bytes left to the system and its file cache while experts are on disk
+# Tokens of a prompt computed together while experts are on disk: each step reads them all.
+DISK_STEP = 2048
 GIVEN = "as asked"
 MEANING = {"exact": "weights as published", "fast": "dense matrices in 8 bits"}
 # What a GPU's driver leaves on Linux: NVIDIA's, AMD's, Windows' below it.
@@ -38,6 +41,7 @@ class Plan:
     needs: Needs
     available: int | None  # bytes of memory; None: unknown
     resident: int | None = None  # bytes of experts in memory, the others on disk; None: all
+    step_tokens: int = STEP_TOKENS  # of a prompt, computed together
 
     @property
     def total(self) -> int:
@@ -113,8 +117,14 @@ def make_plan(
         raise ValueError(
             f"max_tokens (--context) must be in 1..{config.context_length}, not {room}"
         )
-    needs = estimate(config, chosen, numbers, room, packed=checkpoint.layout.packed)
-    available = _free(where)
+    available, packed, step = _free(where), checkpoint.layout.packed, STEP_TOKENS
+    needs = estimate(config, chosen, numbers, room, packed=packed)
+    resident = share(needs, available, memory)
+    if resident is not None:
+        long = estimate(config, chosen, numbers, room, packed=packed, step=DISK_STEP)
+        left = resident - (long.total - needs.total)
+        if left >= needs.layer:
+            needs, resident, step = long, left, DISK_STEP
     return Plan(
         path=checkpoint.path,
         layout=checkpoint.layout.name,
@@ -128,7 +138,8 @@ def make_plan(
         max_tokens=room,
         needs=needs,
         available=available,
-        resident=share(needs, available, memory),
+        resident=resident,
+        step_tokens=step,
     )
 
 

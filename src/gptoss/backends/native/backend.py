@@ -17,6 +17,7 @@ from gptoss.model.config import ModelConfig
 from gptoss.model.weights import Read, build
 
 STEP = 512  # new tokens computed together at most: bounds the memory of a long prompt
+DISK_STEP = 2048  # the same while experts are on disk: each step may read them all
 PRECISIONS = ("fast", "exact")
 ROUNDED = ("qkv.weight", "out.weight", "unembedding.weight")
 
@@ -29,7 +30,8 @@ class NativeBackend:
             the large dense matrices to 8 bits at load (a scale to each 32 numbers) and activations
             to 8 bits before each product with those and with MXFP4 experts.
         threads: how many share an operation; None: the cores this process may use.
-        kv: how keys and values are kept, "bfloat16" or "float32".
+        kv: how keys and values are kept, "bfloat16" (None: with fast) or "float32" (with exact:
+            rounded to bfloat16 they turn near ties between experts over).
         resident: most bytes of packed experts to keep mapped; the others stay on disk until they
             are used. None: no limit.
 
@@ -43,14 +45,16 @@ class NativeBackend:
         read: Read,
         precision: str = "fast",
         threads: int | None = None,
-        kv: str = "bfloat16",
+        kv: str | None = None,
         resident: int | None = None,
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
         _core.set_threads(_core.usable_cores() if threads is None else threads)
         held = None if resident is None else Resident(resident)
-        self.config, self.precision, self.kv, self.ops = config, precision, kv, NativeOps(held)
+        self.step = STEP if held is None else DISK_STEP
+        self.config, self.precision, self.ops = config, precision, NativeOps(held)
+        self.kv = kv or ("float32" if precision == "exact" else "bfloat16")
 
         def load(name: str) -> Any:
             stored = read(name)
@@ -93,7 +97,7 @@ class NativeBackend:
 
         try:
             _core.begin_step()  # in here: an interrupt right behind it must end the step
-            for piece, here in pieces(batch, STEP):
+            for piece, here in pieces(batch, self.step):
                 logits[here] = model.forward(
                     self.weights,
                     piece.tokens,

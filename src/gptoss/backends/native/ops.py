@@ -49,11 +49,10 @@ class NativeOps:
 
     def route(self, scores: Floats, k: int) -> tuple[npt.NDArray[np.int32], Floats]:
         """See ``Ops.route``."""
-        chosen = np.argsort(-scores, axis=-1, kind="stable")[:, :k].astype(np.int32)
-        best = np.take_along_axis(scores, chosen, axis=-1)
-        share = np.exp(best - best[:, :1])
-        doubt = 0 * scores.sum(axis=-1, keepdims=True)  # NaN, which sorting puts last, stays seen
-        return chosen, share / share.sum(axis=-1, keepdims=True) + doubt
+        shape = len(scores), k
+        chosen, share = np.empty(shape, np.int32), np.empty(shape, np.float32)
+        _core.route(scores, chosen, share)
+        return chosen, share
 
     def experts(
         self, x: Floats, w: Any, chosen: npt.NDArray[np.int32], share: Floats, config: ModelConfig
