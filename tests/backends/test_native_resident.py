@@ -186,9 +186,9 @@ needs_advice = pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="no
 
 
 @needs_advice
-@pytest.mark.parametrize("start, stop", [(0, 1), (5000, 5001), (4095, 3 * PIECE + 7), (9, 1 << 20)])
+@pytest.mark.parametrize("start, stop", [(0, 1), (5000, 5001), (4095, 3 * PIECE + 7), (9, 8 << 20)])
 def test_a_range_is_read_ahead_whole_and_in_pieces(start, stop):
-    mapped = Recorder(1 << 20)
+    mapped = Recorder(8 << 20)
     Span(mapped, start, stop).will_need()
     kinds, starts, stops = zip(*mapped.advice, strict=True)
     assert set(kinds) == {mmap.MADV_WILLNEED}

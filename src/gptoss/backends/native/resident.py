@@ -21,7 +21,7 @@ import numpy.typing as npt
 from gptoss.model.mxfp4 import Packed
 from gptoss.model.weights import Stored
 
-PIECE = 1 << 17  # bytes Linux reads ahead for one call at least; of a longer range, only the first
+PIECE = 1 << 20  # bytes; of more, Linux reads only what the disk takes at once or its readahead
 AROUND = 1 << 16  # bytes that Linux maps around a page that is touched
 
 
