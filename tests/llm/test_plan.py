@@ -288,7 +288,7 @@ def test_longer_steps_of_a_prompt_read_less_from_disk_where_there_is_room(machin
     needed = plan.make_plan(large).needs
     long = needs.estimate(large.config, "native", "fast", plan.ROOM, step=2048)
     assert 0.5 * GB < long.total - needed.total < 1 * GB
-    for most, step in ((None, 256), (long.least - 1, 256), (long.least, 2048)):
+    for most, step in ((None, 512), (long.least - 1, 512), (long.least, 2048)):
         made = plan.make_plan(large, memory=most)
         assert (made.step_tokens, made.total) == (step, most or needed.total)
 

@@ -10,7 +10,7 @@ from gptoss.checkpoint.open import Checkpoint
 from gptoss.engine.generate import STEP_TOKENS
 from gptoss.errors import GptOssError
 from gptoss.llm.memory import available_memory
-from gptoss.llm.needs import BYTES, Needs, estimate, parameters
+from gptoss.llm.needs import BYTES, NATIVE_CHUNK, Needs, estimate, parameters
 from gptoss.model.config import ModelConfig
 
 ROOM = 16_384  # tokens of prompt and answer, unless more is asked for
@@ -117,8 +117,9 @@ def make_plan(
         raise ValueError(
             f"max_tokens (--context) must be in 1..{config.context_length}, not {room}"
         )
-    available, packed, step = _free(where), checkpoint.layout.packed, STEP_TOKENS
-    needs = estimate(config, chosen, numbers, room, packed=packed)
+    available, packed = _free(where), checkpoint.layout.packed
+    step = NATIVE_CHUNK if chosen == "native" else STEP_TOKENS
+    needs = estimate(config, chosen, numbers, room, packed=packed, step=step)
     resident = share(needs, available, memory)
     if resident is not None:
         long = estimate(config, chosen, numbers, room, packed=packed, step=DISK_STEP)
