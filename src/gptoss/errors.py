@@ -7,6 +7,7 @@
   + ContextExceeded      more tokens than the model's context holds
   + CacheFull            no room for another token; the scheduler handles it
   + CacheMiss            the past that was asked for is no longer held; compute it again
+  + Overloaded           more requests than may wait; try again later
 
 A wrong argument is a plain ``ValueError``. A broken promise between our own
 rooms is an ``assert``. Nothing else is raised on purpose.
@@ -39,3 +40,7 @@ class CacheFull(GptOssError):
 
 class CacheMiss(GptOssError):
     """The past that was asked for is no longer held."""
+
+
+class Overloaded(GptOssError):
+    """More requests than may wait."""
