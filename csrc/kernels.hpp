@@ -38,19 +38,23 @@ struct Tiles {
     const std::uint16_t* scales = nullptr; // [tiles, blocks, 16]
     int offset = 0;
     i64 rows = 0, columns = 0;
+    bool powers = false;  // scales are powers of two from 2^-60 to 2^60
 
     i64 tiles() const { return (rows + 15) / 16; }
     i64 blocks() const { return (columns + 31) / 32; }
 };
 
-// Rows of activations as int8: value = q * scale * 2, a scale to each block of 32 columns. Four
-// blocks make a group of 128 bytes: the 16 evens of each block, then the 16 odds of each block. The
+// Rows of activations as integers: value = q * scale * 2, a scale to each block of 32 columns. In
+// one plane q is a byte; in two it is 256 * high + low, two bytes, the plane of the high ones first.
+// Four blocks make a group of 128: the 16 evens of each block, then the 16 odds of each block. The
 // last group is padded with zeros.
 struct Bytes {
-    std::int8_t* q = nullptr;     // [rows, groups, 128]
+    std::int8_t* q = nullptr;     // [rows, groups, planes, 128]
     float* scale = nullptr;       // [rows, groups, 16]: each block's four times
-    std::int32_t* sum = nullptr;  // [rows, groups, 16]: of its 32 bytes, four times
+    std::int32_t* sum = nullptr;  // [rows, groups, 16]: of its 32 numbers q, four times
     i64 groups = 0;
+    int planes = 1;
+    bool plain = false;           // all scales are from 2^-60 to 2^60
 };
 
 struct Kernels {
@@ -73,8 +77,8 @@ struct Kernels {
     void (*unpack_tile)(const Matrix& w, i64 row, std::uint8_t* codes, std::uint16_t* scales);
     // sixteen rows of numbers -> a tile with offset 128, each block's largest becoming 127
     void (*round_tile)(const Matrix& w, i64 row, std::uint8_t* codes, std::uint16_t* scales);
-    // a row of x [columns] -> row i of out
-    void (*round_row)(const float* x, i64 columns, const Bytes& out, i64 i);
+    // a row of x [columns] -> row i of out; whether its scales are plain
+    bool (*round_row)(const float* x, i64 columns, const Bytes& out, i64 i);
 
     void (*rms_norm)(const float* x, const float* scale, i64 columns, float eps, float* out);
     // [2F] -> [F]

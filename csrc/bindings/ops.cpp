@@ -85,16 +85,18 @@ void bind_ops(nb::module_& m) {
                  self->data = nb::cast(data), self->scales = scales;
              },
              "data"_a, "scales"_a.none(), "rows"_a, "columns"_a, "format"_a)
-        .def("round_to_bytes",
-             [](OwnedWeight& self) {
+        .def("use_bytes",
+             [](OwnedWeight& self, int planes) {
+                 require(planes == 1 || planes == 2, "activations have one byte or two");
                  {
                      Turn turn;
-                     round_weight(self);
+                     use_bytes(self, planes);
                  }
                  if (self.tiles.codes) self.stored.data = nullptr, self.data = nb::none();
              },
-             "Multiply in 8-bit integers from now on. Numbers are rounded to bytes, a scale to each 32 of a row, and "
-             "the array they came from is let go; MXFP4 stays as it is.")
+             "planes"_a = 1,
+             "Multiply in integers from now on, with activations rounded to one byte or two. MXFP4 stays as it is; "
+             "numbers are rounded to bytes, a scale to each 32 of a row, and the array they came from is let go.")
         .def_prop_ro("rows", [](const OwnedWeight& w) { return w.stored.rows; })
         .def_prop_ro("columns", [](const OwnedWeight& w) { return w.stored.columns; });
 

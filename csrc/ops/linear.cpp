@@ -1,6 +1,7 @@
 #include "linear.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <numeric>
@@ -45,20 +46,23 @@ i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
 // Rows of activations as the kernels read them: split floats, or bytes.
 class Prepared {
 public:
-    void from(const float* x, i64 rows, i64 columns, bool bytes) {
+    void from(const float* x, i64 rows, i64 columns, int planes) {
         const auto& k = kernels();
         const i64 groups = (columns + 127) / 128, step = round_up(columns, 32);
-        if (bytes) {
-            bytes_ = {q_.get(rows * groups * 128), scale_.get(rows * groups * 16), sum_.get(rows * groups * 16), groups};
+        if (planes) {
+            bytes_ = {q_.get(rows * groups * planes * 128), scale_.get(rows * groups * 16),
+                      sum_.get(rows * groups * 16), groups, planes};
         } else {
             split_.get(rows * step);
         }
         const Matrix all{Format::f32, x, nullptr, rows, columns};
+        std::atomic<bool> plain{true};
         auto work = [&](i64 r, int) {
-            if (bytes) k.round_row(x + r * columns, columns, bytes_, r);
-            else k.unpack(all, r, 1, split_.get(0) + r * step);
+            if (!planes) k.unpack(all, r, 1, split_.get(0) + r * step);
+            else if (!k.round_row(x + r * columns, columns, bytes_, r)) plain = false;
         };
         pool().run(rows, work, rows * columns * 16);
+        bytes_.plain = plain;
     }
     const float* split() { return split_.get(0); }
     const Bytes& bytes() const { return bytes_; }
@@ -75,7 +79,7 @@ void product(const Weight& w, i64 row, i64 rows, Prepared& x, const std::int32_t
              float* out, i64 stride, const float* bias) {
     const auto& k = kernels();
     const i64 blocks = w.stored.blocks();
-    if (!w.bytes) {
+    if (!w.planes) {
         if (tokens <= FEW) return k.dot(w.stored, row, rows, x.split(), at, tokens, out, stride, bias);
         float* decoded = bench.floats.get(rows * blocks * 32);
         k.unpack(w.stored, row, rows, decoded);
@@ -88,7 +92,7 @@ void product(const Weight& w, i64 row, i64 rows, Prepared& x, const std::int32_t
         return k.dot_packed(w.stored, row, rows, x.bytes(), at, tokens, out, stride, bias);
     const i64 tiles = (rows + 15) / 16;
     Tiles decoded{bench.codes.get(tiles * blocks * 512), bench.scales.get(tiles * blocks * 16), 12, rows,
-                  w.stored.columns};
+                  w.stored.columns, w.powers};
     for (i64 t = 0; t < tiles; t++)
         k.unpack_tile(w.stored, row + 16 * t, bench.codes.get(0) + t * blocks * 512,
                       bench.scales.get(0) + t * blocks * 16);
@@ -107,11 +111,22 @@ Scratch<std::int32_t> counting;
 
 }  // namespace
 
-void round_weight(Weight& w) {
+void use_bytes(Weight& w, int planes) {
     const Matrix& m = w.stored;
-    w.bytes = true;
-    if (m.format == Format::mxfp4) return;
     const i64 blocks = m.blocks(), tiles = (m.rows + 15) / 16;
+    w.planes = planes;
+    if (m.format == Format::mxfp4) {
+        std::atomic<bool> powers{true};
+        pool().run(tiles, [&](i64 t, int) {
+            const std::uint8_t* e = m.scales + t * 16 * blocks;
+            std::uint8_t least = 255, most = 0;
+            for (i64 i = 0; i < std::min<i64>(16, m.rows - t * 16) * blocks; i++)
+                least = std::min(least, e[i]), most = std::max(most, e[i]);
+            if (least < 127 - 60 || most > 127 + 60) powers = false;
+        });
+        w.powers = powers;
+        return;
+    }
     w.codes = Block<std::uint8_t>(std::size_t(tiles * blocks * 512));
     w.scales = Block<std::uint16_t>(std::size_t(tiles * blocks * 16));
     w.tiles = {w.codes.data(), w.scales.data(), 128, m.rows, m.columns};
@@ -124,10 +139,10 @@ void round_weight(Weight& w) {
 void linear(const float* x, i64 T, const Weight& w, const float* bias, float* out) {
     const i64 O = w.stored.rows;
     if (!T) return;
-    for_linear.from(x, T, w.stored.columns, w.bytes);
+    for_linear.from(x, T, w.stored.columns, w.planes);
     std::int32_t* at = counting.get(T);
     std::iota(at, at + T, 0);
-    const i64 rows = w.bytes ? share_of(O, TILE_ROWS, 16) : share_of(O, SPLIT_ROWS, 8);
+    const i64 rows = w.planes ? share_of(O, TILE_ROWS, 16) : share_of(O, SPLIT_ROWS, 8);
     pool().run((O + rows - 1) / rows, [&](i64 item, int) {
         const i64 row = item * rows;
         product(w, row, std::min(rows, O - row), for_linear, at, T, out + row, O, bias ? bias + row : nullptr);
@@ -164,10 +179,10 @@ void experts(const float* x, i64 T, const ExpertWeights& w, const std::int32_t* 
     i64 most = 0;  // tokens of the expert that has most
     for (i64 e = 0; e < w.E; e++) most = std::max(most, starts[std::size_t(e + 1)] - starts[std::size_t(e)]);
     auto step_of = [&](const Weight& m) {  // even: a gate and its up stay together
-        return most <= FEW ? LONG_ROWS : m.bytes ? TILE_ROWS : SPLIT_ROWS;
+        return most <= FEW ? LONG_ROWS : m.planes ? TILE_ROWS : SPLIT_ROWS;
     };
 
-    for_first.from(x, T, D, w.mlp1.bytes);
+    for_first.from(x, T, D, w.mlp1.planes);
     float* act = hidden.get(visits * F);  // [visits, F]
     i64 step = step_of(w.mlp1);
     auto items = items_of(2 * F, step);
@@ -181,7 +196,7 @@ void experts(const float* x, i64 T, const ExpertWeights& w, const std::int32_t* 
             fn.swiglu(both + j * rows, rows / 2, w.limit, act + (first + j) * F + row / 2);
     }, visits * 2 * F * D);
 
-    for_second.from(act, visits, F, w.mlp2.bytes);
+    for_second.from(act, visits, F, w.mlp2.planes);
     float* answers = each.get(visits * D);  // [visits, D]
     step = step_of(w.mlp2);
     items = items_of(D, step);

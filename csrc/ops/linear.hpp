@@ -10,17 +10,19 @@
 
 namespace gptoss {
 
-// A weight matrix as it is multiplied: as stored (exact), or as tiles of bytes (fast).
+// A weight matrix as it is multiplied: as numbers, or as bytes.
 struct Weight {
     Matrix stored;
-    bool bytes = false;  // multiply in 8-bit integers
-    Tiles tiles;         // of `stored`; empty for MXFP4, which is multiplied as it is
+    int planes = 0;       // of the activations it is multiplied with in integers; 0: floats
+    bool powers = false;  // see Tiles; of MXFP4 multiplied in integers
+    Tiles tiles;          // of `stored`; empty for MXFP4, which is multiplied as it is
     Block<std::uint8_t> codes;
     Block<std::uint16_t> scales;
 };
 
-// The same matrix rounded to 8 bits, a scale to each 32 columns of a row; `stored` is read once.
-void round_weight(Weight& w);
+// Multiply in integers from now on, with activations of one byte or two (planes). MXFP4 stays as it
+// is; numbers are rounded to bytes, a scale to each 32 columns of a row, and `stored` is read once.
+void use_bytes(Weight& w, int planes);
 
 // out [T, w.rows] = x [T, w.columns] @ w.T + bias; bias may be null
 void linear(const float* x, i64 T, const Weight& w, const float* bias, float* out);

@@ -185,8 +185,17 @@ inline constexpr int TWICE_OFFSET = 12;
 // What scale bytes say, as float32; the codes are twice their value, the activations' scales half.
 static inline F16 scales_of(I16 e) { return floats(left<23>(e)); }
 
-// R tiles x M tokens
-template <int R, int M>
+// The products of one plane of q, or of both as one number.
+template <int P> static inline I16 joined(const I16* n) {
+    if constexpr (P == 1) return n[0];
+    else return add(left<8>(n[0]), n[1]);
+}
+
+// a * b for a power of two: exponents are added, beside the multiplications of others
+static inline F16 times_power(F16 a, F16 power) { return floats(add(bits(a), sub(bits(power), bits(set(1.f))))); }
+
+// R tiles x M tokens of P planes
+template <int R, int M, int P, bool powers>
 static inline void tile_block(const Tiles& w, i64 tile, const Bytes& x, const std::int32_t* at,
                               float (*out)[M][16]) {
     const i64 blocks = w.blocks();
@@ -203,26 +212,27 @@ static inline void tile_block(const Tiles& w, i64 tile, const Bytes& x, const st
         for (i64 b = chain; b < blocks; b += 4) {
             const i64 lane = (b / 4) * 16 + chain * 4;
             const std::int8_t* q[M];
-            I16 n[R][M];
+            I16 n[R][M][P];
             for (int m = 0; m < M; m++) {
-                q[m] = x.q + (at[m] * x.groups + b / 4) * 128 + chain * 16;
-                I16 start = set_int(-w.offset * x.sum[at[m] * x.groups * 16 + lane]);
-                for (int r = 0; r < R; r++) n[r][m] = start;
+                q[m] = x.q + (at[m] * x.groups + b / 4) * P * 128 + chain * 16;
+                const I16 start = set_int(-w.offset * x.sum[at[m] * x.groups * 16 + lane]);
+                for (int r = 0; r < R; r++) n[r][m][0] = set_int(0), n[r][m][P - 1] = start;
             }
             for (int half = 0; half < 2; half++)
                 for (int j = 0; j < 4; j++) {
                     B64 c[R];
                     for (int r = 0; r < R; r++) c[r] = load_bytes(codes[r] + (half * 4 + j) * 64);
-                    for (int m = 0; m < M; m++) {
-                        B64 four = repeat4(q[m] + half * 64 + j * 4);
-                        for (int r = 0; r < R; r++) n[r][m] = dot4(n[r][m], c[r], four);
-                    }
+                    for (int m = 0; m < M; m++)
+                        for (int p = 0; p < P; p++) {
+                            const B64 four = repeat4(q[m] + p * 128 + half * 64 + j * 4);
+                            for (int r = 0; r < R; r++) n[r][m][p] = dot4(n[r][m][p], c[r], four);
+                        }
                 }
             for (int r = 0; r < R; r++) {
-                F16 s = load_bf16(scales[r]);
+                const F16 s = load_bf16(scales[r]);
                 for (int m = 0; m < M; m++) {
-                    F16 both = mul(s, set(x.scale[at[m] * x.groups * 16 + lane]));
-                    acc[r][m] = fma(to_float(n[r][m]), both, acc[r][m]);
+                    const F16 by = set(x.scale[at[m] * x.groups * 16 + lane]);
+                    acc[r][m] = fma(to_float(joined<P>(n[r][m])), powers ? times_power(by, s) : mul(s, by), acc[r][m]);
                 }
                 codes[r] += 512, scales[r] += 16;
             }
@@ -233,45 +243,56 @@ static inline void tile_block(const Tiles& w, i64 tile, const Bytes& x, const st
     }
 }
 
-template <int R, int M>
-static void tile_tokens(const Tiles& w, i64 tile, const Bytes& x, const std::int32_t* at, float* out,
-                        i64 stride, const float* bias, i64 row) {
-    float y[R][M][16];
-    tile_block<R, M>(w, tile, x, at, y);
-    for (int r = 0; r < R; r++) {
-        const i64 first = (tile + r) * 16, n = w.rows - first < 16 ? w.rows - first : 16;
-        for (int m = 0; m < M; m++)
-            for (i64 i = 0; i < n; i++)
-                out[m * stride + first - row + i] = y[r][m][i] + (bias ? bias[first - row + i] : 0.f);
-    }
-}
+// What dot_tiles does, for the tokens at[t]
+template <int P, bool powers>
+struct TileRows {
+    const Tiles& w;
+    const Bytes& x;
+    const std::int32_t* at;
+    float* out;
+    i64 stride;
+    const float* bias;
+    i64 row;  // of out's and bias's first
 
-template <int R>
-static void tile_rows(const Tiles& w, i64 tile, const Bytes& x, const std::int32_t* at, i64 tokens,
-                      float* out, i64 stride, const float* bias, i64 row) {
-    i64 t = 0;
-    for (; t + TILE_TOKENS <= tokens; t += TILE_TOKENS)
-        tile_tokens<R, TILE_TOKENS>(w, tile, x, at + t, out + t * stride, stride, bias, row);
-    switch (tokens - t) {
-        case 1: return tile_tokens<R, 1>(w, tile, x, at + t, out + t * stride, stride, bias, row);
-        case 2: return tile_tokens<R, 2>(w, tile, x, at + t, out + t * stride, stride, bias, row);
-        case 3: return tile_tokens<R, 3>(w, tile, x, at + t, out + t * stride, stride, bias, row);
-        case 4: return tile_tokens<R, 4>(w, tile, x, at + t, out + t * stride, stride, bias, row);
-        case 5: return tile_tokens<R, 5>(w, tile, x, at + t, out + t * stride, stride, bias, row);
+    static constexpr int MOST = P == 1 ? TILE_TOKENS : (TILE_TOKENS * 2 + 2) / 3;  // as registers allow
+
+    template <int R, int M>
+    void some(i64 tile, i64 t) const {
+        float y[R][M][16];
+        tile_block<R, M, P, powers>(w, tile, x, at + t, y);
+        for (int r = 0; r < R; r++) {
+            const i64 first = (tile + r) * 16, n = w.rows - first < 16 ? w.rows - first : 16;
+            for (int m = 0; m < M; m++)
+                for (i64 i = 0; i < n; i++)
+                    out[(t + m) * stride + first - row + i] = y[r][m][i] + (bias ? bias[first - row + i] : 0.f);
+        }
     }
+    template <int R, int M = MOST>
+    void all(i64 tile, i64 tokens, i64 t = 0) const {
+        for (; t + M <= tokens; t += M) some<R, M>(tile, t);
+        if constexpr (M > 1)
+            if (t < tokens) all<R, M - 1>(tile, tokens, t);
+    }
+};
+
+template <int P, bool powers>
+static void dot_tiles(const Tiles& w, i64 tile, i64 tiles, const Bytes& x, const std::int32_t* at,
+                      i64 tokens, float* out, i64 stride, const float* bias) {
+    const TileRows<P, powers> rows{w, x, at, out, stride, bias, tile * 16};
+    i64 t = tile;
+    for (; t + TILE_PAIR <= tile + tiles; t += TILE_PAIR) rows.template all<TILE_PAIR>(t, tokens);
+    for (; t < tile + tiles; t++) rows.template all<1>(t, tokens);
 }
 
 static void dot_tiles(const Tiles& w, i64 tile, i64 tiles, const Bytes& x, const std::int32_t* at,
                       i64 tokens, float* out, i64 stride, const float* bias) {
-    const i64 row = tile * 16;
-    i64 t = tile;
-    for (; t + TILE_PAIR <= tile + tiles; t += TILE_PAIR)
-        tile_rows<TILE_PAIR>(w, t, x, at, tokens, out, stride, bias, row);
-    for (; t < tile + tiles; t++) tile_rows<1>(w, t, x, at, tokens, out, stride, bias, row);
+    const auto run = x.planes == 2 ? dot_tiles<2, false> : w.powers && x.plain ? dot_tiles<1, true> : dot_tiles<1, false>;
+    run(w, tile, tiles, x, at, tokens, out, stride, bias);
 }
 
-// Four rows x M tokens, lanes over four blocks: lane 4g + r ends up with row r's block 4j + g.
-template <int M>
+// Four rows x M tokens of P planes, lanes over four blocks: lane 4g + r ends up with row r's block
+// 4j + g.
+template <int M, int P>
 static inline void packed_block(const Matrix& w, i64 row, i64 valid, const Bytes& x,
                                 const std::int32_t* at, float* out, i64 stride, const float* bias) {
     const i64 blocks = w.columns / 32;
@@ -287,14 +308,16 @@ static inline void packed_block(const Matrix& w, i64 row, i64 valid, const Bytes
     auto group = [&](i64 j, const B64* raw, I16 e) {
         F16 scale = scales_of(e);
         B64 low[4], high[4];
-        for (int r = 0; r < 4; r++)
-            low[r] = pick(twice, low_nibbles(raw[r])), high[r] = pick(twice, high_nibbles(raw[r]));
+        for (int r = 0; r < 4; r++) low[r] = pick_low(twice, raw[r]), high[r] = pick_high(twice, raw[r]);
         for (int m = 0; m < M; m++) {
             const i64 g = at[m] * x.groups + j;
-            B64 even = load_bytes(x.q + g * 128), odd = load_bytes(x.q + g * 128 + 64);
-            I16 n[4];
-            for (int r = 0; r < 4; r++) n[r] = dot4(dot4(set_int(0), low[r], even), high[r], odd);
-            I16 all = sum4(n[0], n[1], n[2], n[3]);
+            I16 n[4][P];
+            for (int q = 0; q < P; q++) {
+                const std::int8_t* plane = x.q + (g * P + q) * 128;
+                const B64 even = load_bytes(plane), odd = load_bytes(plane + 64);
+                for (int r = 0; r < 4; r++) n[r][q] = dot4(dot4(set_int(0), low[r], even), high[r], odd);
+            }
+            I16 all = sum4(joined<P>(n[0]), joined<P>(n[1]), joined<P>(n[2]), joined<P>(n[3]));
             I16 sums = bits(load((const float*)x.sum + g * 16));
             all = sub(all, add(left<3>(sums), left<2>(sums)));  // 12 times
             acc[m] = fma(to_float(all), mul(scale, load(x.scale + g * 16)), acc[m]);
@@ -330,6 +353,7 @@ static inline void packed_block(const Matrix& w, i64 row, i64 valid, const Bytes
     }
 }
 
+template <int P>
 static void dot_packed(const Matrix& w, i64 row, i64 rows, const Bytes& x, const std::int32_t* at,
                        i64 tokens, float* out, i64 stride, const float* bias) {
     for (i64 t = 0; t < tokens;) {
@@ -339,18 +363,33 @@ static void dot_packed(const Matrix& w, i64 row, i64 rows, const Bytes& x, const
             float* o = out + t * stride + r;
             const float* b = bias ? bias + r : nullptr;
             switch (m) {
-                case 1: packed_block<1>(w, row + r, valid, x, at + t, o, stride, b); break;
-                case 2: packed_block<2>(w, row + r, valid, x, at + t, o, stride, b); break;
-                case 3: packed_block<3>(w, row + r, valid, x, at + t, o, stride, b); break;
-                case 4: packed_block<4>(w, row + r, valid, x, at + t, o, stride, b); break;
+                case 1: packed_block<1, P>(w, row + r, valid, x, at + t, o, stride, b); break;
+                case 2: packed_block<2, P>(w, row + r, valid, x, at + t, o, stride, b); break;
+                case 3: packed_block<3, P>(w, row + r, valid, x, at + t, o, stride, b); break;
+                case 4: packed_block<4, P>(w, row + r, valid, x, at + t, o, stride, b); break;
             }
         }
         t += m;
     }
 }
 
+static void dot_packed(const Matrix& w, i64 row, i64 rows, const Bytes& x, const std::int32_t* at,
+                       i64 tokens, float* out, i64 stride, const float* bias) {
+    (x.planes == 1 ? dot_packed<1> : dot_packed<2>)(w, row, rows, x, at, tokens, out, stride, bias);
+}
+
+// Where each chain of blocks begins in a tile.
+struct Chains {
+    i64 first[4];
+    explicit Chains(i64 blocks) {
+        for (i64 c = 0, at = 0; c < 4; at += (blocks - c + 3) / 4, c++) first[c] = at;
+    }
+    i64 place(i64 b) const { return first[b % 4] + b / 4; }
+};
+
 static void unpack_tile(const Matrix& w, i64 row, std::uint8_t* codes, std::uint16_t* scales) {
     const i64 blocks = w.columns / 32;
+    const Chains chains(blocks);
     const B64 twice = repeat16(TWICE);
     const std::uint8_t *p[16], *s[16];
     for (int r = 0; r < 16; r++) {  // behind the last row, that row again: nobody looks
@@ -358,18 +397,25 @@ static void unpack_tile(const Matrix& w, i64 row, std::uint8_t* codes, std::uint
         p[r] = (const std::uint8_t*)w.data + here * blocks * 16;
         s[r] = w.scales + here * blocks;
     }
-    for (int chain = 0; chain < 4; chain++)
-        for (i64 b = chain; b < blocks; b += 4, codes += 512, scales += 16) {
-            std::uint8_t e[16];
-            for (int r = 0; r < 16; r++) e[r] = s[r][b];
+    for (i64 j = 0; j < blocks; j += 4) {
+        const i64 n = blocks - j < 4 ? blocks - j : 4;
+        std::uint32_t four[16] = {};  // scale bytes of each row's blocks from j on
+        if (n == 4)
+            for (int r = 0; r < 16; r++) __builtin_memcpy(four + r, s[r] + j, 4);
+        else
+            for (int r = 0; r < 16; r++) __builtin_memcpy(four + r, s[r] + j, std::size_t(n));
+        I16 e = bits(load((const float*)four));
+        for (i64 b = j; b < j + n; b++, e = right<8>(e)) {
+            const i64 at = chains.place(b);
             B64 raw[4];
             turn(p, 16 * b, raw);
-            for (int j = 0; j < 4; j++) {
-                store_bytes(codes + j * 64, pick(twice, low_nibbles(raw[j])));
-                store_bytes(codes + (4 + j) * 64, pick(twice, high_nibbles(raw[j])));
+            for (int i = 0; i < 4; i++) {
+                store_bytes(codes + at * 512 + i * 64, pick_low(twice, raw[i]));
+                store_bytes(codes + at * 512 + (4 + i) * 64, pick_high(twice, raw[i]));
             }
-            store_bf16(scales, scales_of(widen(e)));
+            store_bf16(scales + at * 16, scales_of(right<24>(left<24>(e))));
         }
+    }
 }
 
 static inline F16 magnitude(F16 x) { return max(x, sub(set(0), x)); }
@@ -377,15 +423,21 @@ static inline F16 magnitude(F16 x) { return max(x, sub(set(0), x)); }
 // 0, or NaN where one of the 32 is no number: maxima do not tell.
 static inline float doubt(F16 even, F16 odd) { return sum(fma(even, set(0), mul(odd, set(0)))); }
 
-// x / scale as integers; what is no number becomes one, its scale does not.
-static inline I16 codes_of(F16 x, float inverse) { return to_int(max(mul(x, set(inverse)), set(-127.f))); }
+// x / scale as integers from -most on; what is no number becomes one.
+static inline I16 codes_of(F16 x, float inverse, float most) { return to_int(max(mul(x, set(inverse)), set(-most))); }
+
+// q = 256 * high + low, and q again: low is made -127 where it would be -128, too much for dot4
+static inline void split_bytes(I16& q, I16& high, I16& low) {
+    high = sub(right<8>(add(q, set_int(128 + (128 << 8)))), set_int(128));
+    low = max(sub(q, left<8>(high)), set_int(-127));
+    q = add(left<8>(high), low);
+}
 
 template <class Row>
 static void round_rows(const Matrix& w, i64 row, std::uint8_t* codes, std::uint16_t* scales) {
     const i64 blocks = w.blocks(), whole = w.columns / 32;
     const i64 real = w.rows - row < 16 ? w.rows - row : 16;
-    i64 place[4];  // where each chain begins
-    for (i64 c = 0, at = 0; c < 4; c++) place[c] = at, at += (blocks - c + 3) / 4;
+    const Chains chains(blocks);
     for (i64 r = 0; r < 16; r++) {
         Row here(w, row + (r < real ? r : 0));
         for (i64 b = 0; b < blocks; b++) {
@@ -401,9 +453,9 @@ static void round_rows(const Matrix& w, i64 row, std::uint8_t* codes, std::uint1
             __builtin_memcpy(&top, &up, 4);
             const float inverse = top > 0.f ? 1.f / top : 0.f;
             std::int8_t q[32];
-            store_bytes(q, codes_of(even, inverse));
-            store_bytes(q + 16, codes_of(odd, inverse));
-            const i64 at = place[b % 4] + b / 4;
+            store_bytes(q, codes_of(even, inverse, 127.f));
+            store_bytes(q + 16, codes_of(odd, inverse, 127.f));
+            const i64 at = chains.place(b);
             for (int j = 0; j < 8; j++) {
                 std::uint32_t four;
                 __builtin_memcpy(&four, q + 4 * j, 4);
@@ -422,9 +474,13 @@ static void round_tile(const Matrix& w, i64 row, std::uint8_t* codes, std::uint1
     round_rows<Floats>(w, row, codes, scales);
 }
 
-static void round_row(const float* x, i64 columns, const Bytes& out, i64 i) {
+// Rounded to integers of P planes; what is no number becomes one, its scale does not.
+template <int P>
+static bool round_row(const float* x, i64 columns, const Bytes& out, i64 i) {
+    constexpr float most_q = P == 1 ? 127.f : 32639.f;
+    bool plain = true;
     for (i64 g = 0; g < out.groups; g++) {
-        std::int8_t* q = out.q + (i * out.groups + g) * 128;
+        std::int8_t* q = out.q + (i * out.groups + g) * P * 128;
         float* scale = out.scale + (i * out.groups + g) * 16;
         std::int32_t* total = out.sum + (i * out.groups + g) * 16;
         for (i64 c = 0; c < 4; c++) {
@@ -436,13 +492,26 @@ static void round_row(const float* x, i64 columns, const Bytes& out, i64 i) {
                 __builtin_memcpy(some, x + first, std::size_t(n) * 4);
                 split_floats(some, even, odd);
             }
-            float top = most(max(magnitude(even), magnitude(odd)));
-            const float inverse = top > 0.f ? 127.f / top : 0.f;
-            I16 a = codes_of(even, inverse), b = codes_of(odd, inverse);
-            store_bytes(q + c * 16, a), store_bytes(q + 64 + c * 16, b);
-            const float s = top / 127.f * .5f + doubt(even, odd);
-            std::int32_t n_sum = std::int32_t(sum(add(to_float(a), to_float(b))));
+            const float top = most(max(magnitude(even), magnitude(odd)));
+            const float inverse = top > 0.f ? most_q / top : 0.f;
+            I16 a = codes_of(even, inverse, most_q), b = codes_of(odd, inverse, most_q);
+            if constexpr (P == 1) {
+                store_bytes(q + c * 16, a), store_bytes(q + 64 + c * 16, b);
+            } else {
+                I16 high[2], low[2];
+                split_bytes(a, high[0], low[0]), split_bytes(b, high[1], low[1]);
+                store_bytes(q + c * 16, high[0]), store_bytes(q + 64 + c * 16, high[1]);
+                store_bytes(q + 128 + c * 16, low[0]), store_bytes(q + 192 + c * 16, low[1]);
+            }
+            const float s = (top > 0.f ? top / most_q * .5f : 1.f) + doubt(even, odd);
+            plain &= s >= 0x1p-60f && s <= 0x1p60f;
+            const std::int32_t n_sum = std::int32_t(sum(to_float(add(a, b))));
             for (int r = 0; r < 4; r++) scale[c * 4 + r] = s, total[c * 4 + r] = n_sum;
         }
     }
+    return plain;
+}
+
+static bool round_row(const float* x, i64 columns, const Bytes& out, i64 i) {
+    return (out.planes == 1 ? round_row<1> : round_row<2>)(x, columns, out, i);
 }

@@ -135,16 +135,12 @@ static inline B64 repeat16(const void* p) {
     __m256i x = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
     return {x, x};
 }
-static inline B64 low_nibbles(B64 x) {
+static inline B64 pick_low(B64 table, B64 x) {
     const __m256i m = _mm256_set1_epi8(15);
-    return {_mm256_and_si256(x.a, m), _mm256_and_si256(x.b, m)};
+    return {_mm256_shuffle_epi8(table.a, _mm256_and_si256(x.a, m)), _mm256_shuffle_epi8(table.b, _mm256_and_si256(x.b, m))};
 }
-static inline B64 high_nibbles(B64 x) {
-    const __m256i m = _mm256_set1_epi8(15);
-    return {_mm256_and_si256(_mm256_srli_epi16(x.a, 4), m), _mm256_and_si256(_mm256_srli_epi16(x.b, 4), m)};
-}
-static inline B64 pick(B64 table, B64 at) {
-    return {_mm256_shuffle_epi8(table.a, at.a), _mm256_shuffle_epi8(table.b, at.b)};
+static inline B64 pick_high(B64 table, B64 x) {
+    return pick_low(table, {_mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4)});
 }
 static inline I16 dot4(I16 acc, B64 x, B64 y) {
     // Bytes above 127 would overflow 16 bits in pairs: even and odd ones apart.

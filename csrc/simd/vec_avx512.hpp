@@ -105,11 +105,10 @@ static inline B64 repeat4(const void* p) {
 static inline B64 repeat16(const void* p) {
     return {_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p))};
 }
-static inline B64 low_nibbles(B64 a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
-static inline B64 high_nibbles(B64 a) {
-    return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))};
+static inline B64 pick_low(B64 table, B64 a) {
+    return {_mm512_shuffle_epi8(table.v, _mm512_and_si512(a.v, _mm512_set1_epi8(15)))};
 }
-static inline B64 pick(B64 table, B64 at) { return {_mm512_shuffle_epi8(table.v, at.v)}; }
+static inline B64 pick_high(B64 table, B64 a) { return pick_low(table, {_mm512_srli_epi16(a.v, 4)}); }
 static inline I16 dot4(I16 acc, B64 a, B64 b) {
 #ifdef GPTOSS_VNNI
     return {_mm512_dpbusd_epi32(acc.v, a.v, b.v)};

@@ -137,10 +137,11 @@ static inline B64 repeat4(const void* p) {
 static inline B64 repeat16(const void* p) {
     return four<B64>([&](int) { return vld1q_u8((const std::uint8_t*)p); });
 }
-static inline B64 low_nibbles(B64 a) { return four<B64>([&](int i) { return vandq_u8(a.v[i], vdupq_n_u8(15)); }); }
-static inline B64 high_nibbles(B64 a) { return four<B64>([&](int i) { return vshrq_n_u8(a.v[i], 4); }); }
-static inline B64 pick(B64 table, B64 at) {
-    return four<B64>([&](int i) { return vqtbl1q_u8(table.v[i], at.v[i]); });
+static inline B64 pick_low(B64 table, B64 a) {
+    return four<B64>([&](int i) { return vqtbl1q_u8(table.v[i], vandq_u8(a.v[i], vdupq_n_u8(15))); });
+}
+static inline B64 pick_high(B64 table, B64 a) {
+    return four<B64>([&](int i) { return vqtbl1q_u8(table.v[i], vshrq_n_u8(a.v[i], 4)); });
 }
 static inline I16 dot4(I16 acc, B64 a, B64 b) {
     return four<I16>([&](int i) {

@@ -109,10 +109,9 @@ static inline void store_bytes(void* p, B64 a) { std::memcpy(p, a.v, 64); }
 static inline B64 repeat4(const void* p) { B64 r; for (int i = 0; i < 64; i += 4) std::memcpy(r.v + i, p, 4); return r; }
 // the same sixteen bytes four times
 static inline B64 repeat16(const void* p) { B64 r; for (int i = 0; i < 64; i += 16) std::memcpy(r.v + i, p, 16); return r; }
-static inline B64 low_nibbles(B64 a) { for (int i = 0; i < 64; i++) a.v[i] &= 15; return a; }
-static inline B64 high_nibbles(B64 a) { for (int i = 0; i < 64; i++) a.v[i] >>= 4; return a; }
-// table[byte], bytes below 16; the table is the same in each quarter
-static inline B64 pick(B64 table, B64 at) { B64 r; for (int i = 0; i < 64; i++) r.v[i] = table.v[at.v[i]]; return r; }
+// table[the low four bits of a byte], table[the high four]; the table is the same in each quarter
+static inline B64 pick_low(B64 table, B64 a) { for (int i = 0; i < 64; i++) a.v[i] = table.v[a.v[i] & 15]; return a; }
+static inline B64 pick_high(B64 table, B64 a) { for (int i = 0; i < 64; i++) a.v[i] = table.v[a.v[i] >> 4]; return a; }
 // acc[i] + sum over j < 4 of a[4i+j] (unsigned) * b[4i+j] (signed, above -128)
 static inline I16 dot4(I16 acc, B64 a, B64 b) {
     GPTOSS_EACH for (int j = 0; j < 4; j++) acc.v[i] += int(a.v[4 * i + j]) * int(std::int8_t(b.v[4 * i + j]));

@@ -93,26 +93,29 @@ void test_scales_of_mxfp4(const Kernels& scalar, const Kernels& table) {
     CHECK(same(codes, other_codes) && same(scales, other_scales), "%s unpack_tile of every scale", table.name);
 }
 
-// Activations as bytes, all arrays at walls. Their scales are half of what they stand for, those of
-// tiles twice.
+// Activations as integers, all arrays at walls. Their scales are half of what they stand for, those
+// of tiles twice.
 struct Rounded {
     Walled<std::int8_t> q;
     Walled<float> scale;
     Walled<std::int32_t> sum;
     Bytes bytes;
-    Rounded(i64 rows, i64 columns)
-        : q(rows * ((columns + 127) / 128) * 128), scale(rows * ((columns + 127) / 128) * 16, 7.f), sum(scale.size(), 7),
-          bytes{q.data(), scale.data(), sum.data(), (columns + 127) / 128} {}
+    Rounded(i64 rows, i64 columns, int planes = 1)
+        : q(rows * ((columns + 127) / 128) * planes * 128), scale(rows * ((columns + 127) / 128) * 16, 7.f), sum(scale.size(), 7),
+          bytes{q.data(), scale.data(), sum.data(), (columns + 127) / 128, planes} {}
     double at(i64 r, i64 c) const {
         const i64 g = r * bytes.groups + c / 128, b = c % 128 / 32;
-        return double(q[g * 128 + c % 2 * 64 + b * 16 + c % 32 / 2]) * double(scale[g * 16 + b * 4]) * 2;
+        const std::int8_t* first = q.data() + g * bytes.planes * 128 + c % 2 * 64 + b * 16 + c % 32 / 2;
+        const int number = bytes.planes == 1 ? first[0] : 256 * first[0] + first[128];
+        return number * double(scale[g * 16 + b * 4]) * 2;
     }
 };
 
-void round_rows(const Kernels& scalar, const Kernels& table, const Walled<float>& x, i64 rows, i64 columns, const Rounded& to) {
-    const Rounded other(rows, columns);
+void round_rows(const Kernels& scalar, const Kernels& table, const Walled<float>& x, i64 rows, i64 columns, Rounded& to) {
+    const Rounded other(rows, columns, to.bytes.planes);
+    to.bytes.plain = true;
     for (i64 r = 0; r < rows; r++) {
-        table.round_row(x.data() + r * columns, columns, to.bytes, r);
+        to.bytes.plain &= table.round_row(x.data() + r * columns, columns, to.bytes, r);
         scalar.round_row(x.data() + r * columns, columns, other.bytes, r);
     }
     CHECK(same(to.q, other.q) && same(to.scale, other.scale) && same(to.sum, other.sum), "%s round_row of %d", table.name, int(columns));
@@ -128,16 +131,18 @@ double tile_at(const Tiles& w, i64 row, i64 c) {
     return double(code - w.offset) * double(from_bf16(w.scales[place * 16 + row % 16])) / 2;
 }
 
-void test_bytes(const Kernels& scalar, const Kernels& table, Format format) {
+void test_bytes(const Kernels& scalar, const Kernels& table, Format format, int planes) {
     for (const auto& [rows, columns, tokens] : shapes(format == Format::mxfp4)) {
         const i64 tiles = (rows + 15) / 16, blocks = (columns + 31) / 32, stride = rows + rows % 2;
         const Stored w(format, rows, columns);
         const auto x = numbers(tokens * columns);
-        const Rounded rounded(tokens, columns);
+        Rounded rounded(tokens, columns, planes);
         round_rows(scalar, table, x, tokens, columns, rounded);
+        CHECK(rounded.bytes.plain, "%s round_row of %d is plain", table.name, int(columns));
         for (i64 t = 0; t < tokens; t++)
             for (i64 c = 0; c < columns; c++) {
-                const double half = double(rounded.scale[(t * rounded.bytes.groups + c / 128) * 16 + c % 128 / 32 * 4]) * 1.0001;
+                // half a step, and one where the low byte would be -128
+                const double half = double(rounded.scale[(t * rounded.bytes.groups + c / 128) * 16 + c % 128 / 32 * 4]) * (planes == 1 ? 1.0001 : 3.01);
                 CHECK(std::abs(rounded.at(t, c) - double(x[t * columns + c])) <= half, "%s round_row of %d: %d", table.name, int(columns), int(c));
             }
 
@@ -149,7 +154,7 @@ void test_bytes(const Kernels& scalar, const Kernels& table, Format format) {
             (packed ? scalar.unpack_tile : scalar.round_tile)(w.matrix(), 16 * t, other_codes.data() + t * blocks * 512, other_scales.data() + t * blocks * 16);
         }
         CHECK(same(codes, other_codes) && same(scales, other_scales), "%s tiles of %s [%d, %d]", table.name, name_of(format), int(rows), int(columns));
-        const Tiles tiled{codes.data(), scales.data(), packed ? 12 : 128, rows, columns};
+        Tiles tiled{codes.data(), scales.data(), packed ? 12 : 128, rows, columns};
         for (i64 r = 0; r < rows; r++)
             for (i64 b = 0; b < blocks; b++) {
                 double top = 0;
@@ -166,6 +171,11 @@ void test_bytes(const Kernels& scalar, const Kernels& table, Format format) {
         table.dot_tiles(tiled, 0, tiles, rounded.bytes, at.data(), tokens, ours.data(), stride, with);
         scalar.dot_tiles(tiled, 0, tiles, rounded.bytes, at.data(), tokens, theirs.data(), stride, with);
         CHECK(same(ours, theirs), "%s dot_tiles of %s, [%d, %d] x %d", table.name, name_of(format), int(rows), int(columns), int(tokens));
+        if (packed) {  // the same by adding exponents
+            tiled.powers = true;
+            table.dot_tiles(tiled, 0, tiles, rounded.bytes, at.data(), tokens, theirs.data(), stride, with);
+            CHECK(same(ours, theirs), "%s dot_tiles of powers, [%d, %d] x %d", table.name, int(rows), int(columns), int(tokens));
+        }
         for (i64 t = 0; t < tokens; t++)
             for (i64 r = 0; r < stride && t * stride + r < ours.size(); r++) {
                 double sum = r < rows ? (with ? with[r] : 0) : 7, size = std::abs(sum);
@@ -227,7 +237,7 @@ void test_extremes_of_bytes(const Kernels& scalar, const Kernels& table) {
 void test_ties(const Kernels& scalar, const Kernels& table) {
     Walled<float> x(96);  // scale 1: halves lie between two bytes
     for (i64 i = 0; i < 96; i++) x[i] = i % 32 ? float(i % 32) - 15.5f : 127.f;
-    const Rounded rounded(1, 96);
+    Rounded rounded(1, 96);
     round_rows(scalar, table, x, 1, 96, rounded);
     for (i64 c = 0; c < 96; c++) CHECK(rounded.at(0, c) == std::nearbyint(double(x[c])), "%s: %g became %g", table.name, double(x[c]), rounded.at(0, c));
     const Walled<float> zero(40);  // no scale to divide by
@@ -303,7 +313,8 @@ int main() {
         std::printf("%s\n", name.c_str());
         const Kernels& table = table_of(name);
         for (Format format : FORMATS) test_dot(scalar, table, format);
-        for (Format format : {Format::f32, Format::bf16, Format::mxfp4}) test_bytes(scalar, table, format);
+        for (Format format : {Format::f32, Format::bf16, Format::mxfp4})
+            for (int planes : {1, 2}) test_bytes(scalar, table, format, planes);
         test_scales_of_mxfp4(scalar, table);
         test_extremes_of_bytes(scalar, table);
         test_ties(scalar, table);

@@ -37,7 +37,7 @@ void compare(const Walled<float>& ours, const std::vector<double>& truth, double
         CHECK(std::abs(ours[i] - truth[std::size_t(i)]) <= allowed, "%s: [%d] is %g, not %g", what, int(i), double(ours[i]), truth[std::size_t(i)]);
 }
 
-void test_linear(Format format, bool bytes, i64 rows, i64 columns, i64 T) {
+void test_linear(Format format, int planes, i64 rows, i64 columns, i64 T) {
     const Stored stored(format, rows, columns);
     const auto x = numbers(T * columns), bias = numbers(rows);
     const float* with = T % 2 ? bias.data() : nullptr;
@@ -56,13 +56,13 @@ void test_linear(Format format, bool bytes, i64 rows, i64 columns, i64 T) {
     const auto ours = everywhere(T * rows, name_of(format), [&](float* out) {
         Weight w;
         w.stored = stored.matrix();
-        if (bytes) round_weight(w);
+        if (planes) use_bytes(w, planes);
         linear(x.data(), T, w, with, out);
     });
-    compare(ours, truth, size * (bytes ? 3e-2 : 2e-6), bytes ? "linear of bytes" : "linear");
+    compare(ours, truth, size * (!planes ? 2e-6 : planes == 2 && format == Format::mxfp4 ? 2e-4 : 3e-2), planes ? "linear of bytes" : "linear");
 }
 
-void test_experts(Format format, bool bytes, i64 T) {
+void test_experts(Format format, int planes, i64 T) {
     const i64 E = 5, D = 96, F = 64, k = 3;
     const Stored one(format, E * 2 * F, D), two(format, E * D, F);
     const auto x = numbers(T * D, .2f), bias1 = numbers(E * 2 * F, .1f), bias2 = numbers(E * D), share = numbers(T * k);
@@ -93,23 +93,23 @@ void test_experts(Format format, bool bytes, i64 T) {
     const auto ours = everywhere(T * D, name_of(format), [&](float* out) {
         Weight w1, w2;
         w1.stored = one.matrix(), w2.stored = two.matrix();
-        if (bytes) round_weight(w1), round_weight(w2);
+        if (planes) use_bytes(w1, planes), use_bytes(w2, planes);
         experts(x.data(), T, {w1, w2, bias1.data(), bias2.data(), E, D, F, 7}, chosen.data(), share.data(), k, out);
     });
-    compare(ours, truth, size * (bytes ? 5e-2 : 2e-5), bytes ? "experts of bytes" : "experts");
+    compare(ours, truth, size * (!planes ? 2e-5 : planes == 2 && format == Format::mxfp4 ? 2e-4 : 5e-2), planes ? "experts of bytes" : "experts");
 }
 
 }  // namespace
 
 int main() {
     for (Format format : FORMATS)
-        for (bool bytes : {false, true}) {
-            for (i64 T = 1; T <= 9; T++) test_linear(format, bytes, 33 + T, 160, T), test_experts(format, bytes, T);
-            for (i64 rows : {1, 2, 15, 64, 130}) test_linear(format, bytes, rows, 96, rows % 6 + 1);
-            test_linear(format, bytes, 70, 2880, 5), test_linear(format, bytes, 19, 4096, 1);
+        for (int planes : {0, 1, 2}) {
+            for (i64 T = 1; T <= 9; T++) test_linear(format, planes, 33 + T, 160, T), test_experts(format, planes, T);
+            for (i64 rows : {1, 2, 15, 64, 130}) test_linear(format, planes, rows, 96, rows % 6 + 1);
+            test_linear(format, planes, 70, 2880, 5), test_linear(format, planes, 19, 4096, 1);
             if (format != Format::mxfp4)
-                for (i64 columns : {1, 31, 33, 127}) test_linear(format, bytes, 20, columns, 6);
-            test_experts(format, bytes, 40);
+                for (i64 columns : {1, 31, 33, 127}) test_linear(format, planes, 20, columns, 6);
+            test_experts(format, planes, 40);
             release_scratch();
         }
     return report("products");

@@ -14,7 +14,7 @@ class Weight:
     def __init__(self, data: Any, scales: Any | None, rows: int, columns: int, format: str) -> None:
         """``format``: float32, bfloat16 (as uint16) or mxfp4 (blocks, and a scale byte to each)."""
 
-    def round_to_bytes(self) -> None:
+    def use_bytes(self, planes: int = 1) -> None:
         """Multiply in 8-bit integers from now on."""
 
     @property

@@ -2,15 +2,14 @@
 
 Whatever rounds may turn over a near tie between two experts, and then a token's distribution is
 another. torch in bfloat16 is 1e-2 nats from float64 on the packaged model's own text, most of them
-in a few tokens. So exact precision is compared with a reference that keeps keys and values in the
-same numbers, and the middle of the tokens says more of fast precision than their mean.
+in a few tokens. So exact precision keeps keys and values in float32, and the middle of the tokens
+says more of fast precision than their mean.
 """
 
 import random
 from dataclasses import replace
 from functools import cache as once
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -19,7 +18,6 @@ core = pytest.importorskip("gptoss._core", reason="gptoss was installed without 
 from gptoss.backends.native import NativeBackend  # noqa: E402
 from gptoss.backends.protocol import Batch  # noqa: E402
 from gptoss.backends.reference import ReferenceBackend  # noqa: E402
-from gptoss.backends.reference.backend import ListView  # noqa: E402
 from gptoss.checkpoint.open import open_checkpoint  # noqa: E402
 from gptoss.checkpoint.synthesize import reader  # noqa: E402
 from gptoss.llm.models import resolve  # noqa: E402
@@ -28,8 +26,7 @@ from gptoss.model.config import ModelConfig, gpt_oss_20b  # noqa: E402
 from gptoss.text import harmony  # noqa: E402
 from runs.nano import tasks  # noqa: E402
 
-KEPT = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
-SAME = 1e-6  # nats that float32's own rounding is given, on average
+SAME = 1e-6  # nats that exact precision is given, on average
 NOISE = 0.01  # logits that far apart stay in order then
 WIDE = replace(gpt_oss_20b(), num_hidden_layers=2, vocab_size=4096)
 SMALL = ModelConfig(
@@ -78,17 +75,8 @@ def divergence(title, ours, truth):
     return each, lost
 
 
-def truth_of(config, read, tokens, kv):
-    """The reference's logits in float64, with keys and values rounded to ``kv``."""
-    keep = ListView.attend
-
-    def rounded(self, layer, q, k, v, sinks, window):
-        k, v = (x.astype(KEPT[kv]).astype(np.float64) for x in (k, v))
-        return keep(self, layer, q, k, v, sinks, window)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ListView, "attend", rounded)
-        return logits_of(ReferenceBackend(config, read, "float64"), tokens)
+def truth_of(config, read, tokens):
+    return logits_of(ReferenceBackend(config, read, "float64"), tokens)
 
 
 def words(length, config, seed=1):
@@ -108,30 +96,29 @@ def nano():
 
 
 @once
-def nano_truth(kv):
-    return truth_of(*nano(), kv)
+def nano_truth():
+    return truth_of(*nano())
 
 
-def nano_divergence(precision, kv):
+def nano_divergence(precision):
     config, read, tokens = nano()
-    ours = logits_of(NativeBackend(config, read, precision, kv=kv), tokens)
-    return divergence(f"nano, {precision}, {kv}", ours, nano_truth(kv))
+    ours = logits_of(NativeBackend(config, read, precision), tokens)
+    return divergence(f"nano, {precision}", ours, nano_truth())
 
 
-@pytest.mark.parametrize("kv", ["bfloat16", "float32"])
-def test_exact_is_what_float32_can_be_on_a_trained_models_text(kv):
-    each, lost = nano_divergence("exact", kv)
+def test_exact_is_the_reference_on_a_trained_models_text():
+    each, lost = nano_divergence("exact")
     assert each.mean() < SAME and lost < NOISE
 
 
 def test_fast_is_no_worse_than_bfloat16_on_a_trained_models_text():
-    each, _ = nano_divergence("fast", "bfloat16")
+    each, _ = nano_divergence("fast")
     assert np.median(each) < 1e-3 and each.mean() < 5e-2
 
 
 @once
 def wide_truth():
-    return truth_of(WIDE, reader(WIDE, 3), words(160, WIDE), "bfloat16")
+    return truth_of(WIDE, reader(WIDE, 3), words(160, WIDE))
 
 
 @pytest.mark.slow  # the reference takes most of a minute

@@ -26,9 +26,10 @@ class NativeBackend:
     """Runs ``model.forward`` with ``NativeOps``.
 
     Args:
-        precision: "exact" multiplies weights as published with float32 activations. "fast" rounds
+        precision: "exact" multiplies weights as published, with float32 activations or, where
+            experts are packed in MXFP4, with 16 bits and a scale to each 32 numbers. "fast" rounds
             the large dense matrices to 8 bits at load (a scale to each 32 numbers) and activations
-            to 8 bits before each product with those and with MXFP4 experts.
+            to 8 bits before each product with those and with packed experts.
         threads: how many share an operation; None: the cores this process may use.
         kv: how keys and values are kept, "bfloat16" (None: with fast) or "float32" (with exact:
             rounded to bfloat16 they turn near ties between experts over).
@@ -60,8 +61,8 @@ class NativeBackend:
             stored = read(name)
             if name.endswith(("mlp1_weight", "mlp2_weight")):
                 experts = weight(stored)
-                if precision == "fast" and not isinstance(stored, np.ndarray):
-                    experts.round_to_bytes()
+                if not isinstance(stored, np.ndarray):
+                    experts.use_bytes(1 if precision == "fast" else 2)
                 if held is not None:
                     held.watch(experts, stored)
                 return experts
@@ -70,7 +71,7 @@ class NativeBackend:
             if name.endswith(".weight"):
                 dense = weight(stored)
                 if precision == "fast" and name.endswith(ROUNDED):
-                    dense.round_to_bytes()
+                    dense.use_bytes()
                 return dense
             return widened(np.asarray(stored))
 
