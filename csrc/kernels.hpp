@@ -39,6 +39,8 @@ struct Tiles {
     int offset = 0;
     i64 rows = 0, columns = 0;
     bool powers = false;  // scales are powers of two from 2^-60 to 2^60
+    const void* ahead = nullptr;  // what will be wanted next, to be fetched from memory meanwhile
+    i64 ahead_bytes = 0;
 
     i64 tiles() const { return (rows + 15) / 16; }
     i64 blocks() const { return (columns + 31) / 32; }
@@ -50,8 +52,8 @@ struct Tiles {
 // last group is padded with zeros.
 struct Bytes {
     std::int8_t* q = nullptr;     // [rows, groups, planes, 128]
-    float* scale = nullptr;       // [rows, groups, 16]: each block's four times
-    std::int32_t* sum = nullptr;  // [rows, groups, 16]: of its 32 numbers q, four times
+    float* scale = nullptr;       // [rows, groups, 4]
+    std::int32_t* sum = nullptr;  // [rows, groups, 4]: of a block's 32 numbers q
     i64 groups = 0;
     int planes = 1;
     bool plain = false;           // all scales are from 2^-60 to 2^60

@@ -50,8 +50,8 @@ public:
         const auto& k = kernels();
         const i64 groups = (columns + 127) / 128, step = round_up(columns, 32);
         if (planes) {
-            bytes_ = {q_.get(rows * groups * planes * 128), scale_.get(rows * groups * 16),
-                      sum_.get(rows * groups * 16), groups, planes};
+            bytes_ = {q_.get(rows * groups * planes * 128), scale_.get(rows * groups * 4),
+                      sum_.get(rows * groups * 4), groups, planes};
         } else {
             split_.get(rows * step);
         }
@@ -74,6 +74,16 @@ private:
     Bytes bytes_;
 };
 
+// While these rows of w are multiplied, fetch what this thread will probably take next: threads take
+// turns, so that is as many items on as there are threads.
+void fetch(Tiles& tiles, const Weight& w, i64 row, i64 rows) {
+    const i64 next = row + rows * pool().size(), more = std::min(rows, w.stored.rows - next);
+    if (more <= 0) return;
+    const i64 bytes = w.tiles.codes ? w.stored.blocks() * 32 : w.stored.columns / 2;  // of a row
+    const auto* first = w.tiles.codes ? w.tiles.codes : static_cast<const std::uint8_t*>(w.stored.data);
+    tiles.ahead = first + next * bytes, tiles.ahead_bytes = more * bytes;
+}
+
 // rows of w from `row` on, times the tokens `at` of x
 void product(const Weight& w, i64 row, i64 rows, Prepared& x, const std::int32_t* at, i64 tokens,
              float* out, i64 stride, const float* bias) {
@@ -86,16 +96,20 @@ void product(const Weight& w, i64 row, i64 rows, Prepared& x, const std::int32_t
         const Matrix tile{Format::split, decoded, nullptr, rows, w.stored.columns};
         return k.dot(tile, 0, rows, x.split(), at, tokens, out, stride, bias);
     }
-    if (w.tiles.codes)
-        return k.dot_tiles(w.tiles, row / 16, (rows + 15) / 16, x.bytes(), at, tokens, out, stride, bias);
+    const i64 tiles = (rows + 15) / 16;
+    if (w.tiles.codes) {
+        Tiles all = w.tiles;
+        if (tokens > FEW) fetch(all, w, row, rows);
+        return k.dot_tiles(all, row / 16, tiles, x.bytes(), at, tokens, out, stride, bias);
+    }
     if (tokens <= FEW)
         return k.dot_packed(w.stored, row, rows, x.bytes(), at, tokens, out, stride, bias);
-    const i64 tiles = (rows + 15) / 16;
     Tiles decoded{bench.codes.get(tiles * blocks * 512), bench.scales.get(tiles * blocks * 16), 12, rows,
                   w.stored.columns, w.powers};
     for (i64 t = 0; t < tiles; t++)
         k.unpack_tile(w.stored, row + 16 * t, bench.codes.get(0) + t * blocks * 512,
                       bench.scales.get(0) + t * blocks * 16);
+    fetch(decoded, w, row, rows);
     k.dot_tiles(decoded, 0, tiles, x.bytes(), at, tokens, out, stride, bias);
 }
 

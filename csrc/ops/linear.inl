@@ -194,10 +194,19 @@ template <int P> static inline I16 joined(const I16* n) {
 // a * b for a power of two: exponents are added, beside the multiplications of others
 static inline F16 times_power(F16 a, F16 power) { return floats(add(bits(a), sub(bits(power), bits(set(1.f))))); }
 
+// Memory that is wanted soon, asked for a little with each block.
+struct Ahead {
+    const char *p, *end;
+    i64 each;  // lines
+    void step() {
+        for (i64 i = 0; i < each && p < end; i++, p += 64) __builtin_prefetch(p, 0, 2);
+    }
+};
+
 // R tiles x M tokens of P planes
 template <int R, int M, int P, bool powers>
 static inline void tile_block(const Tiles& w, i64 tile, const Bytes& x, const std::int32_t* at,
-                              float (*out)[M][16]) {
+                              float (*out)[M][16], Ahead& ahead) {
     const i64 blocks = w.blocks();
     const std::uint8_t* codes[R];
     const std::uint16_t* scales[R];
@@ -210,12 +219,15 @@ static inline void tile_block(const Tiles& w, i64 tile, const Bytes& x, const st
         for (int r = 0; r < R; r++)
             for (int m = 0; m < M; m++) acc[r][m] = set(0);
         for (i64 b = chain; b < blocks; b += 4) {
-            const i64 lane = (b / 4) * 16 + chain * 4;
+            ahead.step();
             const std::int8_t* q[M];
+            const float* by[M];
             I16 n[R][M][P];
             for (int m = 0; m < M; m++) {
-                q[m] = x.q + (at[m] * x.groups + b / 4) * P * 128 + chain * 16;
-                const I16 start = set_int(-w.offset * x.sum[at[m] * x.groups * 16 + lane]);
+                const i64 g = at[m] * x.groups + b / 4;
+                q[m] = x.q + g * P * 128 + chain * 16;
+                by[m] = x.scale + g * 4 + chain;
+                const I16 start = set_int(-w.offset * x.sum[g * 4 + chain]);
                 for (int r = 0; r < R; r++) n[r][m][0] = set_int(0), n[r][m][P - 1] = start;
             }
             for (int half = 0; half < 2; half++)
@@ -231,8 +243,8 @@ static inline void tile_block(const Tiles& w, i64 tile, const Bytes& x, const st
             for (int r = 0; r < R; r++) {
                 const F16 s = load_bf16(scales[r]);
                 for (int m = 0; m < M; m++) {
-                    const F16 by = set(x.scale[at[m] * x.groups * 16 + lane]);
-                    acc[r][m] = fma(to_float(joined<P>(n[r][m])), powers ? times_power(by, s) : mul(s, by), acc[r][m]);
+                    const F16 both = powers ? times_power(set(*by[m]), s) : mul(s, set(*by[m]));
+                    acc[r][m] = fma(to_float(joined<P>(n[r][m])), both, acc[r][m]);
                 }
                 codes[r] += 512, scales[r] += 16;
             }
@@ -253,13 +265,14 @@ struct TileRows {
     i64 stride;
     const float* bias;
     i64 row;  // of out's and bias's first
+    Ahead& ahead;
 
     static constexpr int MOST = P == 1 ? TILE_TOKENS : (TILE_TOKENS * 2 + 2) / 3;  // as registers allow
 
     template <int R, int M>
     void some(i64 tile, i64 t) const {
         float y[R][M][16];
-        tile_block<R, M, P, powers>(w, tile, x, at + t, y);
+        tile_block<R, M, P, powers>(w, tile, x, at + t, y, ahead);
         for (int r = 0; r < R; r++) {
             const i64 first = (tile + r) * 16, n = w.rows - first < 16 ? w.rows - first : 16;
             for (int m = 0; m < M; m++)
@@ -278,7 +291,11 @@ struct TileRows {
 template <int P, bool powers>
 static void dot_tiles(const Tiles& w, i64 tile, i64 tiles, const Bytes& x, const std::int32_t* at,
                       i64 tokens, float* out, i64 stride, const float* bias) {
-    const TileRows<P, powers> rows{w, x, at, out, stride, bias, tile * 16};
+    constexpr int M = TileRows<P, powers>::MOST;
+    const i64 steps = (tiles + TILE_PAIR - 1) / TILE_PAIR * ((tokens + M - 1) / M) * w.blocks();
+    const char* next = (const char*)w.ahead;
+    Ahead ahead{next, next + w.ahead_bytes, (w.ahead_bytes / 64 + steps - 1) / steps};
+    const TileRows<P, powers> rows{w, x, at, out, stride, bias, tile * 16, ahead};
     i64 t = tile;
     for (; t + TILE_PAIR <= tile + tiles; t += TILE_PAIR) rows.template all<TILE_PAIR>(t, tokens);
     for (; t < tile + tiles; t++) rows.template all<1>(t, tokens);
@@ -318,9 +335,9 @@ static inline void packed_block(const Matrix& w, i64 row, i64 valid, const Bytes
                 for (int r = 0; r < 4; r++) n[r][q] = dot4(dot4(set_int(0), low[r], even), high[r], odd);
             }
             I16 all = sum4(joined<P>(n[0]), joined<P>(n[1]), joined<P>(n[2]), joined<P>(n[3]));
-            I16 sums = bits(load((const float*)x.sum + g * 16));
+            I16 sums = bits(spread4((const float*)x.sum + g * 4));
             all = sub(all, add(left<3>(sums), left<2>(sums)));  // 12 times
-            acc[m] = fma(to_float(all), mul(scale, load(x.scale + g * 16)), acc[m]);
+            acc[m] = fma(to_float(all), mul(scale, spread4(x.scale + g * 4)), acc[m]);
         }
     };
     static_assert(TWICE_OFFSET == 8 + 4);
@@ -481,8 +498,8 @@ static bool round_row(const float* x, i64 columns, const Bytes& out, i64 i) {
     bool plain = true;
     for (i64 g = 0; g < out.groups; g++) {
         std::int8_t* q = out.q + (i * out.groups + g) * P * 128;
-        float* scale = out.scale + (i * out.groups + g) * 16;
-        std::int32_t* total = out.sum + (i * out.groups + g) * 16;
+        float* scale = out.scale + (i * out.groups + g) * 4;
+        std::int32_t* total = out.sum + (i * out.groups + g) * 4;
         for (i64 c = 0; c < 4; c++) {
             const i64 first = (4 * g + c) * 32, n = columns - first < 32 ? columns - first : 32;
             F16 even = set(0), odd = set(0);
@@ -505,8 +522,7 @@ static bool round_row(const float* x, i64 columns, const Bytes& out, i64 i) {
             }
             const float s = (top > 0.f ? top / most_q * .5f : 1.f) + doubt(even, odd);
             plain &= s >= 0x1p-60f && s <= 0x1p60f;
-            const std::int32_t n_sum = std::int32_t(sum(to_float(add(a, b))));
-            for (int r = 0; r < 4; r++) scale[c * 4 + r] = s, total[c * 4 + r] = n_sum;
+            scale[c] = s, total[c] = std::int32_t(sum(to_float(add(a, b))));
         }
     }
     return plain;

@@ -18,6 +18,10 @@ inline constexpr int GEMM_ROWS = 2, GEMM_TOKENS = 2;
 inline constexpr int TILE_PAIR = 1, TILE_TOKENS = 3;
 
 static inline F16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+static inline F16 spread4(const float* p) {
+    auto twice = [&](int i) { return _mm256_set_m128(_mm_set1_ps(p[i + 1]), _mm_set1_ps(p[i])); };
+    return {twice(0), twice(2)};
+}
 static inline void store(float* p, F16 x) { _mm256_storeu_ps(p, x.a), _mm256_storeu_ps(p + 8, x.b); }
 static inline F16 set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 static inline F16 add(F16 x, F16 y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }

@@ -22,6 +22,10 @@ inline constexpr int GEMM_ROWS = 6, GEMM_TOKENS = 4;
 inline constexpr int TILE_PAIR = 2, TILE_TOKENS = 6;
 
 static inline F16 load(const float* p) { return _mm512_loadu_ps(p); }
+static inline F16 spread4(const float* p) {
+    const __m512i at = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return _mm512_permutexvar_ps(at, _mm512_castps128_ps512(_mm_loadu_ps(p)));
+}
 static inline void store(float* p, F16 a) { _mm512_storeu_ps(p, a); }
 static inline F16 set(float x) { return _mm512_set1_ps(x); }
 static inline F16 add(F16 a, F16 b) { return _mm512_add_ps(a, b); }

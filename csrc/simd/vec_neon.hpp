@@ -28,6 +28,7 @@ inline constexpr int TILE_PAIR = 1, TILE_TOKENS = 4;
 template <class V, class Quarter> static inline V four(Quarter of) { return {{of(0), of(1), of(2), of(3)}}; }
 
 static inline F16 load(const float* p) { return four<F16>([&](int i) { return vld1q_f32(p + 4 * i); }); }
+static inline F16 spread4(const float* p) { return four<F16>([&](int i) { return vdupq_n_f32(p[i]); }); }
 static inline void store(float* p, F16 a) { for (int i = 0; i < 4; i++) vst1q_f32(p + 4 * i, a.v[i]); }
 static inline F16 set(float x) { return four<F16>([&](int) { return vdupq_n_f32(x); }); }
 static inline F16 add(F16 a, F16 b) { return four<F16>([&](int i) { return vaddq_f32(a.v[i], b.v[i]); }); }

@@ -18,6 +18,8 @@ inline constexpr int TILE_PAIR = 1, TILE_TOKENS = 2;  // register block of dot_t
 #define GPTOSS_EACH for (int i = 0; i < 16; i++)
 
 static inline F16 load(const float* p) { F16 r; std::memcpy(r.v, p, 64); return r; }
+// lane 4g+r: p[g]
+static inline F16 spread4(const float* p) { F16 r; GPTOSS_EACH r.v[i] = p[i / 4]; return r; }
 static inline void store(float* p, F16 a) { std::memcpy(p, a.v, 64); }
 static inline F16 set(float x) { F16 r; GPTOSS_EACH r.v[i] = x; return r; }
 static inline F16 add(F16 a, F16 b) { GPTOSS_EACH a.v[i] += b.v[i]; return a; }
