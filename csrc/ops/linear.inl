@@ -17,15 +17,12 @@ static inline F16 powers(const std::uint8_t* e) {
 }
 
 // How to read a row's block b as evens and odds, for each format. `enter` comes before each sixteen
-// blocks and asks for the rows that come next from memory, `ahead` rows on: into the second cache,
-// for the first can wait for few lines at a time and the processor does not find so short streams.
-static inline void ask(const void* p, i64 bytes) {
-    for (i64 i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i, 0, 2);
-}
+// blocks. SIZE: bytes of a block that comes from memory, 0 if it does not; CACHE: see ask_next.
 struct Floats {
+    static constexpr int SIZE = 0, CACHE = 0;
     const float* p;
     Floats(const Matrix& w, i64 row) : p((const float*)w.data + row * w.columns) {}
-    void enter(i64, i64, i64) {}
+    void enter(i64, i64) {}
     void get(i64 b, F16& even, F16& odd) const { split_floats(p + 32 * b, even, odd); }
     void tail(i64 b, i64 n, F16& even, F16& odd) const {
         float some[32] = {};
@@ -34,10 +31,10 @@ struct Floats {
     }
 };
 struct Halves {
+    static constexpr int SIZE = 64, CACHE = 2;
     const std::uint16_t* p;
-    i64 columns;
-    Halves(const Matrix& w, i64 row) : p((const std::uint16_t*)w.data + row * w.columns), columns(w.columns) {}
-    void enter(i64 b, i64 n, i64 ahead) { ask(p + 32 * b + ahead * columns, 64 * n); }
+    Halves(const Matrix& w, i64 row) : p((const std::uint16_t*)w.data + row * w.columns) {}
+    void enter(i64, i64) {}
     void get(i64 b, F16& even, F16& odd) const { split_bf16(p + 32 * b, even, odd); }
     void tail(i64 b, i64 n, F16& even, F16& odd) const {
         std::uint16_t some[32] = {};
@@ -46,16 +43,15 @@ struct Halves {
     }
 };
 struct Fours {
+    static constexpr int SIZE = 16, CACHE = 1;
     const std::uint8_t *p, *e;
-    i64 columns;
     float scale[16];  // of the blocks entered
     Fours(const Matrix& w, i64 row)
-        : p((const std::uint8_t*)w.data + row * (w.columns / 2)), e(w.scales + row * (w.columns / 32)), columns(w.columns) {}
-    void enter(i64 b, i64 n, i64 ahead) {
+        : p((const std::uint8_t*)w.data + row * (w.columns / 2)), e(w.scales + row * (w.columns / 32)) {}
+    void enter(i64 b, i64 n) {
         std::uint8_t some[16] = {};
         __builtin_memcpy(some, e + b, std::size_t(n));
         store(scale, powers(some));
-        ask(p + 16 * b + ahead * (columns / 2), 16 * n);
     }
     void get(i64 b, F16& even, F16& odd) const {
         F16 table = mul(load(CODEBOOK), set(scale[b % 16]));
@@ -66,12 +62,22 @@ struct Fours {
     void tail(i64, i64, F16& even, F16& odd) const { even = odd = set(0); }  // rows are whole blocks
 };
 struct Split {
+    static constexpr int SIZE = 0, CACHE = 0;
     const float* p;
     Split(const Matrix& w, i64 row) : p((const float*)w.data + row * w.blocks() * 32) {}
-    void enter(i64, i64, i64) {}
+    void enter(i64, i64) {}
     void get(i64 b, F16& even, F16& odd) const { even = load(p + 32 * b), odd = load(p + 32 * b + 16); }
     void tail(i64 b, i64, F16& even, F16& odd) const { get(b, even, odd); }
 };
+
+// The rows behind the R at p that are being read, asked for from memory at the pace of reading, block
+// after block: in the order of addresses, which the processor takes up itself, as it does not with
+// R rows at a time. Into the first cache, or into the second if R rows are much of the first.
+template <int R, int SIZE, int CACHE>
+static inline void ask_next(const void* p, i64 row_bytes, i64 b) {
+    const char* next = (const char*)p + R * row_bytes + b * R * SIZE;
+    for (int i = 0; i < R * SIZE; i += 64) __builtin_prefetch(next + i, 0, CACHE == 1 ? 3 : 2);
+}
 
 // R rows x M tokens, all in registers
 template <class Row, int R, int M>
@@ -94,8 +100,9 @@ static inline void dot_block(const Matrix& w, i64 row, const float* const* x, fl
     F16 even[R], odd[R];
     for (i64 first = 0; first < whole; first += 16) {
         const i64 last = first + 16 < whole ? first + 16 : whole;
-        for (int r = 0; r < R; r++) rows[r].enter(first, last - first, 2 * R);
+        for (int r = 0; r < R; r++) rows[r].enter(first, last - first);
         for (i64 b = first; b < last; b++) {
+            ask_next<R, Row::SIZE, Row::CACHE>(rows[0].p, w.columns * Row::SIZE / 32, b);
             for (int r = 0; r < R; r++) rows[r].get(b, even[r], odd[r]);
             add_block(b, even, odd);
         }
@@ -155,7 +162,7 @@ static void unpack_rows(const Matrix& w, i64 row, i64 rows, float* out) {
         Row here(w, row + r);
         F16 even, odd;
         for (i64 b = 0; b < whole; b++, out += 32) {
-            if (b % 16 == 0) here.enter(b, whole - b < 16 ? whole - b : 16, 4);
+            if (b % 16 == 0) here.enter(b, whole - b < 16 ? whole - b : 16);
             here.get(b, even, odd);
             store(out, even), store(out + 16, odd);
         }
@@ -344,12 +351,8 @@ static inline void packed_block(const Matrix& w, i64 row, i64 valid, const Bytes
     B64 raw[4];
     i64 j = 0;
     for (; 4 * j + 4 <= blocks; j++) {
-        for (int r = 0; r < 4; r++) {
-            raw[r] = load_bytes(p[r] + j * 64);
-            // The next rows, into the second cache: each stream is too short to be found by the
-            // processor itself, and the first cache can wait for too few lines at a time.
-            __builtin_prefetch(p[r] + j * 64 + blocks * 128, 0, 2);
-        }
+        ask_next<4, 64, 1>(p[0], blocks * 16, j);
+        for (int r = 0; r < 4; r++) raw[r] = load_bytes(p[r] + j * 64);
         const std::uint8_t* e[4] = {s[0] + 4 * j, s[1] + 4 * j, s[2] + 4 * j, s[3] + 4 * j};
         group(j, raw, widen4(e));
     }
