@@ -14,7 +14,7 @@ SRC = Path(__file__).parents[1] / "src" / "gptoss"
 FLOORS = [
     {"errors"},
     {"model", "text"},
-    {"checkpoint"},
+    {"checkpoint", "grammar"},
     {"backends"},
     {"engine"},
     {"llm"},
@@ -25,11 +25,22 @@ DATA = {"assets"}  # no code at all
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 
 # Every import that is neither the standard library nor ours, and the rooms it may be used in.
-NUMERIC = ("model", "checkpoint", "backends", "engine", "llm", "train", "verify", "bench")
+NUMERIC = (
+    "model",
+    "checkpoint",
+    "grammar",
+    "backends",
+    "engine",
+    "llm",
+    "train",
+    "verify",
+    "bench",
+)
 ELSEWHERE = {
     "numpy": NUMERIC,
     "ml_dtypes": ("checkpoint", "backends", "train", "verify", "bench"),
     "tiktoken": ("text",),
+    "llguidance": ("grammar",),
     "rich": ("cli",),
     "huggingface_hub": ("llm", "cli"),
     "torch": ("backends/torch", "backends/triton", "train"),
@@ -37,9 +48,16 @@ ELSEWHERE = {
     "mlx": ("backends/mlx",),
     "ttnn": ("backends/ttnn",),
 }
-OPTIONAL = {"torch", "triton", "mlx", "ttnn", "huggingface_hub"}  # the package works without
+OPTIONAL = {
+    "torch",
+    "triton",
+    "mlx",
+    "ttnn",
+    "huggingface_hub",
+    "llguidance",
+}  # the package works without
 COMPILED = ("backends/native", "bench")  # who calls gptoss._core: to run models, to measure
-JUDGES = {"transformers", "openai_harmony", "safetensors"}  # of the tests, never of the package
+JUDGES = {"transformers", "openai_harmony", "safetensors", "jsonschema"}  # of the tests, never of the package
 BORROWS = {"triton": {"torch"}}  # the one connecting door between rooms of backends/
 
 

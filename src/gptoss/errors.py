@@ -8,6 +8,7 @@
   + CacheFull            no room for another token; the scheduler handles it
   + CacheMiss            the past that was asked for is no longer held; compute it again
   + Overloaded           more requests than may wait; try again later
+  + GrammarError         a form asked of the answer cannot be held to
 
 A wrong argument is a plain ``ValueError``. A broken promise between our own
 rooms is an ``assert``. Nothing else is raised on purpose.
@@ -44,3 +45,7 @@ class CacheMiss(GptOssError):
 
 class Overloaded(GptOssError):
     """More requests than may wait."""
+
+
+class GrammarError(GptOssError):
+    """A form asked of the answer (a schema, a grammar) cannot be held to."""

@@ -199,7 +199,7 @@ def as_message(message: Message | Mapping[str, Any]) -> Message:
 
 
 def as_tool(tool: Tool | Mapping[str, Any]) -> Tool:
-    """A Tool as it is, or one made of ``{"name", "description", "parameters"}``.
+    """A Tool as it is, or one made of ``{"name", "description", "parameters", "strict"}``.
 
     Also as chat completions wrap it: ``{"type": "function", "function": {...}}``.
     """
@@ -212,7 +212,10 @@ def as_tool(tool: Tool | Mapping[str, Any]) -> Tool:
     if not isinstance(parameters, Mapping | None):
         raise ValueError(f"parameters of {inner['name']}: {type(parameters).__name__}, not a dict")
     return Tool(
-        name=inner["name"], description=inner.get("description") or "", parameters=parameters
+        name=inner["name"],
+        description=inner.get("description") or "",
+        parameters=parameters,
+        strict=inner.get("strict") is True,
     )
 
 

@@ -20,6 +20,7 @@ class Tool:
     name: str  # ^[A-Za-z0-9_-]{1,64}$
     description: str = ""
     parameters: Mapping[str, Any] | None = None  # a JSON schema of type object; None: no arguments
+    strict: bool = False  # arguments must follow the parameters; see gptoss.grammar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
