@@ -2,8 +2,8 @@
 
 Whatever rounds may turn over a near tie between two experts, and then a token's distribution is
 another. torch in bfloat16 is 1e-2 nats from float64 on the packaged model's own text, most of them
-in a few tokens. So exact precision keeps keys and values in float32, and the middle of the tokens
-says more of fast precision than their mean.
+in a few tokens. So exact precision keeps keys and values in float32, and a model as narrow as that
+is always exact.
 """
 
 import random
@@ -31,7 +31,7 @@ NOISE = 0.01  # logits that far apart stay in order then
 WIDE = replace(gpt_oss_20b(), num_hidden_layers=2, vocab_size=4096)
 SMALL = ModelConfig(
     num_hidden_layers=4,
-    hidden_size=320,
+    hidden_size=544,
     vocab_size=512,
     num_attention_heads=8,
     num_key_value_heads=2,
@@ -100,20 +100,12 @@ def nano_truth():
     return truth_of(*nano())
 
 
-def nano_divergence(precision):
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_a_trained_models_text(precision):
     config, read, tokens = nano()
     ours = logits_of(NativeBackend(config, read, precision), tokens)
-    return divergence(f"nano, {precision}", ours, nano_truth())
-
-
-def test_exact_is_the_reference_on_a_trained_models_text():
-    each, lost = nano_divergence("exact")
+    each, lost = divergence(f"nano, {precision}", ours, nano_truth())
     assert each.mean() < SAME and lost < NOISE
-
-
-def test_fast_is_no_worse_than_bfloat16_on_a_trained_models_text():
-    each, _ = nano_divergence("fast")
-    assert np.median(each) < 1e-3 and each.mean() < 5e-2
 
 
 @once
@@ -171,4 +163,4 @@ def test_a_prompt_gets_the_same_bits_whole_and_in_pieces(small, threads):
 def test_exact_keeps_keys_and_values_as_they_are():
     config, read, _ = nano()
     assert NativeBackend(config, read, "exact").kv == "float32"
-    assert NativeBackend(config, read, "fast").kv == "bfloat16"
+    assert NativeBackend(SMALL, reader(SMALL, 4), "fast").kv == "bfloat16"

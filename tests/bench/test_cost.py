@@ -51,9 +51,9 @@ def test_rows_share_the_weights_and_not_their_pasts():
     alone = cost(c, held, Batch.of([[1]], [50], [0]), visited)
     two = cost(c, held, Batch.of([[1], [2]], [50, 50], [0, 1]), visited)
     embedded = c.hidden_size * 2
-    keys = c.num_hidden_layers * 51 * 2 * c.num_key_value_heads * c.head_dim * 2
+    keys = c.num_hidden_layers * 51 * 2 * c.num_key_value_heads * c.head_dim * 4
     assert two.bytes - alone.bytes == embedded + keys
-    assert two.operations == 2 * alone.operations
+    assert two.operations == 2 * alone.operations and two.experts == 2 * alone.experts
 
 
 def test_operations_do_not_depend_on_how_a_prompt_is_cut():

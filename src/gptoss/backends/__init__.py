@@ -7,6 +7,7 @@ from gptoss.model.weights import Read
 
 NAMES = ("reference", "native", "torch")
 PRECISIONS = ("exact", "fast")  # of native
+NARROW = 512  # hidden size below which native's fast precision is the exact one
 
 
 def load_backend(
@@ -29,8 +30,8 @@ def load_backend(
         dtype: compute dtype; the reference takes float32 (default) or float64, torch float32,
             bfloat16 (default) or float64.
         device: torch only: "cpu" or "cuda".
-        precision: native only: "exact" computes in float32 with the weights as published, "fast"
-            (default) in 8 bits with dense matrices rounded to 8 bits.
+        precision: native only: "exact" computes with the weights as published, "fast" (default)
+            in 8 bits with dense matrices rounded to 8 bits, unless the model is ``NARROW``.
         threads: native only; None: as many as the machine has cores.
         resident: native only: most bytes of packed experts in memory; None: no limit.
 

@@ -14,6 +14,7 @@ Real traffic is larger where a backend reads something twice. The count is what 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gptoss.backends import NARROW
 from gptoss.backends.protocol import Batch
 from gptoss.llm.needs import BYTES, PACKED, ROUNDED, counts
 from gptoss.model.config import ModelConfig
@@ -37,22 +38,28 @@ class Cost:
 
     bytes: float = 0.0
     operations: float = 0.0
+    experts: float = 0.0  # of the operations, those of the experts
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.bytes + other.bytes, self.operations + other.operations)
+        return Cost(
+            self.bytes + other.bytes,
+            self.operations + other.operations,
+            self.experts + other.experts,
+        )
 
 
 def widths(config: ModelConfig, backend: str, numbers: str, *, packed: bool) -> Widths:
     """How a backend holds its weights in these ``numbers``: a dtype, or native's precision."""
     stored = PACKED if packed else BYTES["bfloat16"]
     if backend == "native":
+        fast = numbers == "fast" and config.hidden_size >= NARROW
         return Widths(
-            matrix=ROUNDED if numbers == "fast" else 2,
+            matrix=ROUNDED if fast else 2,
             gate=2,
             expert=stored,
             vector=4,
             embedding=2,
-            cache=2,
+            cache=2 if fast else 4,
         )
     width = BYTES[numbers]
     if backend == "reference":
@@ -94,6 +101,7 @@ def cost(
         operations=2 * T * L * (matrices + gate + k * expert)
         + 2 * W * unembedding
         + 4 * pairs * heads * c.head_dim,
+        experts=2 * T * L * k * expert,
     )
 
 

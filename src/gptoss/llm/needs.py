@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from gptoss.engine.generate import STEP_TOKENS
+from gptoss.backends import NARROW
+from gptoss.engine import STEP_TOKENS
 from gptoss.model.config import ModelConfig
 from gptoss.model.weights import specs
 
@@ -76,14 +77,15 @@ def _native(c: ModelConfig, precision: str, max_tokens: int, packed: bool, step:
     dense, experts = counts(c)
     D, F, V, heads = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_attention_heads
     matrices = V * D + c.num_hidden_layers * D * (c.qkv_size + heads * c.head_dim)
-    rounded = matrices if precision == "fast" else 0
+    fast = precision == "fast" and D >= NARROW
+    rounded = matrices if fast else 0
     stored = round(experts * _stored(packed))
     mapped = stored if packed else 0
     beside, step = max(NATIVE_CHUNK, step), min(step, max_tokens)
     a_token = 8 * D + 2 * c.qkv_size + c.experts_per_token * (3 * F + 2 * D)  # float32 values
     return Needs(
         weights=round(2 * (dense - rounded) + ROUNDED * rounded) + stored,
-        cache=_cached(c, max_tokens, beside) * (2 if precision == "fast" else 4),
+        cache=_cached(c, max_tokens, beside) * (2 if fast else 4),
         working=4 * step * a_token + 4 * heads * max_tokens + 32 * V,
         mapped=mapped,
         layer=mapped // c.num_hidden_layers,

@@ -5,9 +5,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptoss.backends import NAMES, check_options, has_native
+from gptoss.backends import NAMES, NARROW, check_options, has_native
 from gptoss.checkpoint.open import Checkpoint
-from gptoss.engine.generate import STEP_TOKENS
+from gptoss.engine import STEP_TOKENS
 from gptoss.errors import GptOssError
 from gptoss.llm.memory import available_memory
 from gptoss.llm.needs import BYTES, NATIVE_CHUNK, Needs, estimate, parameters
@@ -105,7 +105,7 @@ def make_plan(
     chosen, where, reason = choose(config, backend, device, dtype=dtype, native=native)
     check_options(chosen, dtype=dtype, precision=precision, threads=threads, memory=memory)
     if chosen == "native":
-        numbers = precision = precision or ("exact" if parameters(config) <= TINY else "fast")
+        numbers = precision = "exact" if config.hidden_size < NARROW else precision or "fast"
     else:
         numbers = dtype = dtype or ("float32" if chosen == "reference" else "bfloat16")
         if numbers not in BYTES:

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptoss import _core
+from gptoss.backends import NARROW
 from gptoss.backends.native.cache import NativeCache, NativeView
 from gptoss.backends.native.ops import NativeOps, weight, widened
 from gptoss.backends.native.resident import Resident
@@ -29,7 +30,8 @@ class NativeBackend:
         precision: "exact" multiplies weights as published, with float32 activations or, where
             experts are packed in MXFP4, with 16 bits and a scale to each 32 numbers. "fast" rounds
             the large dense matrices to 8 bits at load (a scale to each 32 numbers) and activations
-            to 8 bits before each product with those and with packed experts.
+            to 8 bits before each product with those and with packed experts. In a model of less
+            than ``NARROW`` that saves little and loses much: there it is exact.
         threads: how many share an operation; None: the cores this process may use.
         kv: how keys and values are kept, "bfloat16" (None: with fast) or "float32" (with exact:
             rounded to bfloat16 they turn near ties between experts over).
@@ -55,14 +57,15 @@ class NativeBackend:
         held = None if resident is None else Resident(resident)
         self.step = STEP if held is None else DISK_STEP
         self.config, self.precision, self.ops = config, precision, NativeOps(held)
-        self.kv = kv or ("float32" if precision == "exact" else "bfloat16")
+        fast = precision == "fast" and config.hidden_size >= NARROW
+        self.kv = kv or ("bfloat16" if fast else "float32")
 
         def load(name: str) -> Any:
             stored = read(name)
             if name.endswith(("mlp1_weight", "mlp2_weight")):
                 experts = weight(stored)
                 if not isinstance(stored, np.ndarray):
-                    experts.use_bytes(1 if precision == "fast" else 2)
+                    experts.use_bytes(1 if fast else 2)
                 if held is not None:
                     held.watch(experts, stored)
                 return experts
@@ -70,7 +73,7 @@ class NativeBackend:
                 return stored
             if name.endswith(".weight"):
                 dense = weight(stored)
-                if precision == "fast" and name.endswith(ROUNDED):
+                if fast and name.endswith(ROUNDED):
                     dense.use_bytes()
                 return dense
             return widened(np.asarray(stored))
