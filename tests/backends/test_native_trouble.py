@@ -19,7 +19,7 @@ from gptoss import LLM  # noqa: E402
 from gptoss.backends.native import NativeBackend  # noqa: E402
 from gptoss.checkpoint.open import open_checkpoint  # noqa: E402
 from gptoss.checkpoint.synthesize import reader, synthesize  # noqa: E402
-from gptoss.engine import Generator  # noqa: E402
+from gptoss.engine import Engine, Request  # noqa: E402
 from gptoss.errors import GptOssError  # noqa: E402
 from gptoss.model.mxfp4 import Packed  # noqa: E402
 from gptoss.model.weights import specs  # noqa: E402
@@ -112,6 +112,11 @@ def test_an_interrupt_at_any_line_leaves_the_model_right():
     llm = load()
     engine, half, whole = llm.tokens.engine, TEXT[:100], TEXT[:230]
 
+    def answer():
+        stream = engine.submit(Request(prompt=whole, max_tokens=1, logprobs=0))
+        with stream:
+            return list(stream), stream.reused
+
     def read(until=None):
         """The token after the text, unless broken off; and how many lines have run."""
         lines = count()
@@ -129,17 +134,18 @@ def test_an_interrupt_at_any_line_leaves_the_model_right():
         before = sys.gettrace()
         sys.settrace(follow)
         try:
-            return list(engine.generate(whole, max_tokens=1, logprobs=True)), next(lines)
+            return answer(), next(lines)
         finally:
             sys.settrace(before)
 
-    truth, total = read()
-    assert engine.reused == len(half) and total > 500
+    engine.clear()
+    (truth, reused), total = read()
+    assert reused == len(half) and total > 500
     for line in [*range(20), *range(20, total, total // 40)]:
         with pytest.raises(KeyboardInterrupt):
             read(line)
-        again = list(engine.generate(whole, max_tokens=1, logprobs=True))
-        assert again == truth, f"after an interrupt at line {line} of {total}"
+        assert answer()[0] == truth, f"after an interrupt at line {line} of {total}"
+        engine.clear()
     assert_threads_sleep()
 
 
@@ -336,9 +342,9 @@ def test_a_weight_that_is_no_number_is_an_error_and_no_garbage(name, precision, 
     def read(other):
         return poisoned(name, sound(other)) if other == name else sound(other)
 
-    engine = Generator(NativeBackend(CONFIG, read, precision))
+    engine = Engine(NativeBackend(CONFIG, read, precision))
     with pytest.raises(GptOssError, match="contains NaN"):
-        list(engine.generate([t % 256 for t in TEXT[:40]], max_tokens=1))
+        list(engine.submit(Request(prompt=[t % 256 for t in TEXT[:40]], max_tokens=1)))
 
 
 @pytest.mark.parametrize(

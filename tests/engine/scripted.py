@@ -25,23 +25,43 @@ class History(Slots):
         self.held[slot] = []
         return slot
 
+    def check(self, slot, length):
+        assert not self.broken, "after half a step, nobody knows what the cache holds"
+        if self.window is not None and 0 < length < len(self.held[slot]) - self.window:
+            raise CacheMiss(f"{length} of {len(self.held[slot])}")
+
     def truncate(self, slot, length):
-        held = self.held[slot]
-        assert not (self.broken and length), "after half a step, nobody knows what the cache holds"
-        self.broken = False
-        if self.window is not None and 0 < length < len(held) - self.window:
-            raise CacheMiss(f"{length} of {len(held)}")
+        self.check(slot, length)
         super().truncate(slot, length)
-        del held[length:]
+        del self.held[slot][length:]
+
+    def fork(self, slot, length):
+        self.check(slot, length)
+        child = self.open()
+        try:
+            self.reserve(child, length)
+        except BaseException:
+            self.close(child)
+            raise
+        self.held[child] = self.held[slot][:length]
+        return child
+
+    def close(self, slot):
+        super().close(slot)
+        del self.held[slot]
 
 
 class Scripted:
-    """``logits_of(tokens so far) -> [V]``. Checks every promise that the engine makes it."""
+    """``logits_of(tokens so far) -> [V]``. Checks every promise that the engine makes it.
+
+    ``fail_at``: interrupts, once, when a row has so many tokens.
+    """
 
     def __init__(self, logits_of=None, config=CONFIG, window=None, fail_at=None):
         self.config, self.window, self.fail_at = config, window, fail_at
         self.logits_of = logits_of or self.noise
-        self.steps = []  # (past, new tokens) of every forward
+        self.steps = []  # of every forward: by row, (past, new tokens)
+        self.cache = None  # the newest
 
     def noise(self, tokens):
         digest = hashlib.sha256(np.asarray(tokens, np.int32).tobytes()).digest()
@@ -49,22 +69,28 @@ class Scripted:
         return np.random.default_rng(seed).normal(size=self.config.vocab_size) * 2
 
     def new_cache(self, *, max_tokens):
-        return History(max_tokens, self.window)
+        self.cache = History(max_tokens, self.window)
+        return self.cache
 
     def forward(self, batch, cache, trace=None):
-        [slot], [past] = batch.slots.tolist(), batch.past.tolist()
-        held = cache.held[slot]
-        assert len(held) == past, "the engine is wrong about what the cache holds"
-        assert past + len(batch.tokens) <= cache.reserved[slot] <= cache.max_tokens
-        self.steps.append((past, len(batch.tokens)))
-        rows = []
-        for i, token in enumerate(batch.tokens.tolist()):
-            held.append(token)
-            if self.fail_at == len(held):
-                self.fail_at, cache.broken = None, True
-                raise KeyboardInterrupt
-            if i in batch.wanted:
-                rows.append(self.logits_of(held))
+        past, starts, slots = batch.past.tolist(), batch.starts.tolist(), batch.slots.tolist()
+        assert cache is self.cache and not cache.broken and len(set(slots)) == len(slots)
+        rows, step = [], []
+        for r, slot in enumerate(slots):
+            held = cache.held[slot]
+            new = batch.tokens[starts[r] : starts[r + 1]].tolist()
+            assert len(held) == past[r], "the engine is wrong about what the cache holds"
+            assert past[r] + len(new) <= cache.reserved[slot] and new
+            step.append((past[r], len(new)))
+            for i, token in enumerate(new, starts[r]):
+                held.append(token)
+                if self.fail_at == len(held):
+                    self.fail_at, cache.broken = None, True
+                    raise KeyboardInterrupt
+                if i in batch.wanted:
+                    rows.append(self.logits_of(held))
+        assert sum(cache.reserved.values()) <= cache.max_tokens
+        self.steps.append(step)
         return np.asarray(rows, np.float32).reshape(-1, self.config.vocab_size)
 
     def sample(self, logits, rules, uniforms):
@@ -72,3 +98,10 @@ class Scripted:
 
     def to_numpy(self, logits):
         return np.asarray(logits, np.float32)
+
+
+def slots_in_use(engine):
+    """Slots of the cache that are neither remembered nor running: there should be none."""
+    scheduler = engine.scheduler
+    known = {row.slot for row in scheduler.running} | {n.slot for n in scheduler.prefixes.used}
+    return set(scheduler.cache.reserved) - known

@@ -10,7 +10,7 @@ from gptoss.backends.protocol import Backend, Batch, Logits
 from gptoss.bench.cost import Cost, Widths, cost, widths
 from gptoss.bench.roofline import Roofline
 from gptoss.checkpoint.open import LAYOUTS, open_checkpoint
-from gptoss.engine.generate import GREEDY
+from gptoss.engine import GREEDY
 from gptoss.errors import CacheMiss
 from gptoss.llm.models import resolve
 from gptoss.llm.plan import Plan

@@ -1,5 +1,21 @@
 """Tokens in, tokens out. Knows no text and no device."""
 
-from gptoss.engine.generate import Drawn, Generator, uniform
+from gptoss.engine.draw import uniform
+from gptoss.engine.engine import STEP_TOKENS, Engine, Stats
+from gptoss.engine.request import GREEDY, Constraint, Request
+from gptoss.engine.stream import Answer, Drawn, Finish, Listener, Stream
 
-__all__ = ["Drawn", "Generator", "uniform"]
+__all__ = [
+    "GREEDY",
+    "STEP_TOKENS",
+    "Answer",
+    "Constraint",
+    "Drawn",
+    "Engine",
+    "Finish",
+    "Listener",
+    "Request",
+    "Stats",
+    "Stream",
+    "uniform",
+]

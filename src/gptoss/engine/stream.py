@@ -1,5 +1,6 @@
 """An answer as it comes: tokens to iterate over, and what became of it."""
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -7,6 +8,7 @@ from typing import Literal
 
 from gptoss.engine.request import Request
 
+LOG = logging.getLogger(__name__)
 Finish = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 
@@ -96,7 +98,7 @@ class Stream:
         self.answers[drawn.row].drawn.append(drawn)
         self._unread.append(drawn)
         if self._listener is not None:
-            self._listener(drawn)
+            self._listener(drawn)  # if it raises, the engine ends the request with that
 
     def end(self, finish: Finish, error: Exception | None = None) -> None:
         """The engine's: nothing follows. Answers that have not ended end so."""
@@ -104,4 +106,7 @@ class Stream:
             answer.finish = answer.finish or finish
         self.error, self.finish = error, finish
         if self._listener is not None:
-            self._listener(None)
+            try:
+                self._listener(None)
+            except Exception:  # nobody is left to be told
+                LOG.warning("the listener of a request failed at its end", exc_info=True)

@@ -6,7 +6,6 @@
 """
 
 import codecs
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypedDict, Unpack, overload
@@ -172,19 +171,23 @@ class LLM:
         """The tokens of a whole conversation (see ``conversation``), up to the model's turn."""
         return harmony.render_for_completion(turns, self.tokenizer)
 
+    def boundaries(self, prompt: Sequence[int]) -> list[int]:
+        """Where a later prompt may leave this one: see ``Request.boundaries``.
+
+        Before the first user message, for other conversations with the same instructions; and
+        behind the last, for there the thoughts begin that a later turn leaves out.
+        """
+        start, user = self.tokenizer.special("<|start|>"), self.tokenizer.encode("user")
+        starts = [i for i, token in enumerate(prompt) if token == start]
+        asked = [i for i in starts if list(prompt[i + 1 : i + 1 + len(user)]) == user]
+        behind = [i for i in starts if asked and i > asked[-1]]
+        return [i for i in (*asked[:1], *behind[:1]) if i]
+
     def _answer(self, turns: list[Message], options: Options) -> Stream:
         prompt = self.prompt(turns)
-        seed = options.get("seed")
-        seed = secrets.randbits(63) if seed is None else seed
-        settled: Options = {**options, "seed": seed}
-        return Stream(
-            self.tokens.generate(prompt, **settled),
-            Parser(self.tokenizer, tools=tool_names(turns)),
-            stop=self.tokenizer.stop_tokens,
-            prompt=len(prompt),
-            seed=seed,
-            reused=lambda: self.tokens.engine.reused,
-        )
+        request = self.tokens.request(prompt, boundaries=self.boundaries(prompt), **options)
+        parser = Parser(self.tokenizer, tools=tool_names(turns))
+        return Stream(request, self.tokens.engine.submit, parser)
 
     def pieces(self, drawn: Iterator[int]) -> Iterator[str]:
         """Text of raw tokens, up to the end token, as soon as its characters are complete."""

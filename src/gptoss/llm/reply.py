@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from gptoss.engine import Request
+from gptoss.engine import Stream as Answering
 from gptoss.text.messages import Message
 from gptoss.text.parser import Delta, Event, Parser
 
@@ -67,44 +69,51 @@ class Stream:
 
     def __init__(
         self,
-        tokens: Iterator[int],
+        request: Request,
+        submit: Callable[[Request], Answering],
         parser: Parser,
-        *,
-        stop: frozenset[int],
-        prompt: int,
-        seed: int,
-        reused: Callable[[], int],
     ) -> None:
-        """``reused`` tells, once the first token is there, what the cache had of the prompt."""
-        self._tokens, self._parser, self._stop = tokens, parser, stop
-        self._prompt, self._seed, self._reused = prompt, seed, reused
-        self._last: int | None = None
-        self._shared = 0
+        """``submit``: of the engine; called when the first token is wanted."""
+        self._request, self._submit, self._parser = request, submit, parser
+        self._answering: Answering | None = None
+        self._over = False
         self.completion = 0  # tokens so far
 
     def __iter__(self) -> Iterator[Delta]:
-        for token in self._tokens:
-            if self._last is None:
-                self._shared = self._reused()
+        if self._answering is None and not self._over:
+            self._answering = self._submit(self._request)
+        for drawn in self._answering or ():
+            if self._over:
+                return
             self.completion += 1
-            self._last = token
-            yield from self._deltas(self._parser.push(token))
+            yield from self._deltas(self._parser.push(drawn.token))
         yield from self._deltas(self._parser.finish())
 
     @property
     def reply(self) -> Reply:
         """The turn so far; taking it ends the turn."""
-        self._tokens = iter(())
+        self._over = True
+        if self._answering is not None:
+            self._answering.cancel()
         self._parser.finish()
         return Reply(
             messages=list(self._parser.messages),
             finish_reason=self._reason(),
-            usage=Usage(prompt=self._prompt, reused=self._shared, completion=self.completion),
-            seed=self._seed,
+            usage=Usage(
+                prompt=len(self._request.prompt),
+                reused=0 if self._answering is None else self._answering.reused,
+                completion=self.completion,
+            ),
+            seed=self._request.seed,
         )
 
     def _reason(self) -> FinishReason:
-        if self._last is None or self._last not in self._stop:
+        answering = self._answering
+        if (
+            answering is None
+            or answering.finish != "stop"
+            or answering.completion > self.completion
+        ):
             return "length"
         messages = self._parser.messages
         return "tool_calls" if messages and messages[-1].recipient else "stop"

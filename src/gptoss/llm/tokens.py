@@ -12,7 +12,7 @@ import numpy.typing as npt
 from gptoss.backends import load_backend
 from gptoss.backends.protocol import Sampling
 from gptoss.checkpoint.open import Checkpoint, open_checkpoint
-from gptoss.engine.generate import Drawn, Generator
+from gptoss.engine import Engine, Request
 from gptoss.errors import TokenizerError
 from gptoss.llm.models import resolve
 from gptoss.llm.plan import Plan, make_plan
@@ -85,7 +85,7 @@ class TokenGenerator:
             announce(self.plan)
         if not force:
             self.plan.check()
-        self.engine = Generator(
+        self.engine = Engine(
             load_backend(
                 self.plan.backend,
                 opened.config,
@@ -153,24 +153,70 @@ class TokenGenerator:
             max_tokens: most new tokens; None: until the room is full.
             seed: the same seed gives the same tokens on every backend; None draws one.
 
-        Log-probabilities are the model's own, before temperature and filters. Raises at once, not
-        at the first token: see ``engine.Generator.generate``.
+        Log-probabilities are the model's own, before temperature and filters. Leaving early ends
+        the answer. For more (penalties, several answers, beams), ``engine.submit(Request(...))``.
+
+        Raises (at once, not at the first token) ValueError for a bad argument and ContextExceeded
+        for a prompt without room; while drawing, GptOssError for NaN logits.
+        """
+        request = self.request(
+            prompt_tokens,
+            stop_tokens,
+            temperature,
+            max_tokens,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            logprobs=0 if return_logprobs else None,
+        )
+        return self._pairs(request) if return_logprobs else self._ids(request)
+
+    def request(
+        self,
+        prompt_tokens: Sequence[int],
+        stop_tokens: Collection[int] | None = None,
+        temperature: float = 1.0,
+        max_tokens: int | None = None,
+        *,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int | None = None,
+        logprobs: int | None = None,
+        boundaries: Sequence[int] = (),
+    ) -> Request:
+        """What ``generate`` asks of the engine, which will take it; arguments and errors as there.
+
+        ``logprobs`` and ``boundaries``: see ``Request``.
         """
         stop = self.tokenizer.stop_tokens if stop_tokens is None else stop_tokens
-        rule = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-        drawn = self.engine.generate(
-            prompt_tokens,
-            rule=rule,
+        request = Request(
+            prompt=prompt_tokens,
+            sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
             seed=secrets.randbits(63) if seed is None else seed,
             stop_tokens=frozenset(stop),
             max_tokens=max_tokens,
-            logprobs=return_logprobs,
+            logprobs=logprobs,
+            boundaries=boundaries,
         )
-        return _pairs(drawn) if return_logprobs else (d.token for d in drawn)
+        self.engine.check(request)
+        return request
 
     def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """What the model expects after each token: [T] -> [T, V]."""
         return self.engine.logits(tokens)
+
+    def _ids(self, request: Request) -> Iterator[int]:
+        with self.engine.submit(request) as stream:
+            for drawn in stream:
+                yield drawn.token
+
+    def _pairs(self, request: Request) -> Iterator[tuple[int, float]]:
+        with self.engine.submit(request) as stream:
+            for drawn in stream:
+                assert drawn.logprob is not None
+                yield drawn.token, drawn.logprob
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
@@ -209,12 +255,6 @@ def sampled_size(tokenizer: Tokenizer) -> int:
     while RESERVED.fullmatch(names.get(size - 1, "")):
         size -= 1
     return size
-
-
-def _pairs(drawn: Iterator[Drawn]) -> Iterator[tuple[int, float]]:
-    for d in drawn:
-        assert d.logprob is not None
-        yield d.token, d.logprob
 
 
 def _counting(checkpoint: Checkpoint, progress: Progress | None) -> Callable[[str], Stored]:
