@@ -4,6 +4,7 @@ gptoss bench decode
 gptoss bench decode checkpoints/20b --precision exact --rows 4 --context 4096
 gptoss bench prefill checkpoints/20b --tokens 2048 --json | jq .tokens_per_second
 gptoss bench load openai/gpt-oss-20b
+gptoss bench serve http://127.0.0.1:8000/v1 --rate 4 --requests 200 --answers 16:256
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from gptoss.cli import options
 from gptoss.cli.arguments import Argument, Option, WrongCommandLine
 from gptoss.cli.endings import usage
+from gptoss.cli.serving import Serving
 from gptoss.cli.terminal import bar
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ SIZES = {
     "decode": {"rows": 1, "context": 128, "steps": 32},
     "prefill": {"tokens": 512},
     "load": {},
+    "serve": {},
 }
 
 
@@ -44,6 +47,7 @@ class Running(options.Loading):
             "backend": self.backend,
             "precision": self.precision,
             "threads": self.threads,
+            "kv": self.kv,
             "memory": options.size(self.memory),
             "dtype": self.dtype,
             "device": self.device,
@@ -53,8 +57,16 @@ class Running(options.Loading):
 
 
 def run(
-    what: Annotated[Literal["decode", "prefill", "load"], Argument(help="what to measure")],
-    model: options.Model = "nano",
+    what: Annotated[
+        Literal["decode", "prefill", "load", "serve"], Argument(help="what to measure")
+    ],
+    model: Annotated[
+        str,
+        Argument(
+            help="\"nano\", a checkpoint's path, or a Hugging Face id; serve: a server's URL",
+            envvar="GPTOSS_MODEL",
+        ),
+    ] = "nano",
     rows: Annotated[int | None, Option(min=1, help="decode: rows at once", default="1")] = None,
     steps: Annotated[
         int | None, Option(min=1, help="decode: tokens drawn in each row", default="32")
@@ -66,20 +78,29 @@ def run(
     json_: Annotated[bool, Option("--json", help="print the JSON line only")] = False,
     *,
     running: Running,
+    serving: Serving,
 ) -> None:
     """Tokens a second, bytes and operations beside what the machine can do, peak memory.
 
-    The last line of the output is one JSON object.
+    Of a server, which may be anybody's: how long its users wait. The last line of the output is one
+    JSON object.
     """
-    given = {"rows": rows, "context": running.context, "steps": steps, "tokens": tokens}
-    asked = {name: value for name, value in given.items() if value is not None}
+    sizes = {"rows": rows, "context": running.context, "steps": steps, "tokens": tokens}
+    asked = {name: value for name, value in sizes.items() if value is not None}
     if foreign := [name for name in asked if name not in SIZES[what]]:
         raise WrongCommandLine(f"--{foreign[0]} is not for {what}")
-    report = measure(what, model, SIZES[what] | asked, rounds, running.arguments())
-    facts = report.to_json()
-    if not json_:
-        from gptoss.bench.report import table
+    if what == "serve":
+        from gptoss.bench import latency
 
+        facts, table = serving.measure(model), latency.table
+    elif given := serving.given():
+        raise WrongCommandLine(f"{given[0]} is only for serve")
+    else:
+        from gptoss.bench import report
+
+        facts = measure(what, model, SIZES[what] | asked, rounds, running.arguments()).to_json()
+        table = report.table
+    if not json_:
         print(table(facts))
     print(json.dumps(facts))
 
