@@ -31,7 +31,8 @@ using Line = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 Kept kept_as(const std::string& name) {
     if (name == "bfloat16") return Kept::bf16;
     if (name == "float32") return Kept::f32;
-    refuse("keys and values are kept as bfloat16 or float32, not " + name);
+    if (name == "int8") return Kept::int8;
+    refuse("keys and values are kept as bfloat16, float32 or int8, not " + name);
 }
 
 std::string shape(std::size_t a, std::size_t b, std::size_t c) {
@@ -82,7 +83,7 @@ void attend_rows(Heads q, Heads k, Heads v, Line<float> sinks, Mixed out, Line<s
 
 void bind_attention(nb::module_& m) {
     m.attr("PAGE") = PAGE;
-    m.def("page_bytes", [](const std::string& kept, i64 K, i64 d) { return page_bytes(kept_as(kept), K, d); },
+    m.def("page_bytes", [](const std::string& kept, int K, int d) { return page_bytes(kept_as(kept), K, d); },
           "kept"_a, "K"_a, "d"_a, "Bytes of a page: keys and values of 128 tokens of one layer.");
     m.def("attend", &attend_rows, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "sinks"_a.noconvert(),
           "out"_a.noconvert(), "starts"_a.noconvert(), "past"_a.noconvert(), "tables"_a, "window"_a, "kept"_a,

@@ -5,6 +5,7 @@
 // summed side by side without a sum over lanes; values lie row by row, each row padded to whole
 // vectors:
 //   page [K, (keys [8, d, 16], values [128, padded d])]
+// As int8, each key and each value of a head has a scale behind them: float32 [2, 128].
 // Position p of a row is in its page p / 128. Pages and chunks begin at multiples of their size,
 // whatever is asked and however the past arrived: the same token gets the same bits every time.
 #pragma once
@@ -20,9 +21,10 @@ class Pool;
 inline constexpr int PAGE = 128;    // tokens; also the keys of one step of the running softmax
 inline constexpr int CHUNK = 4096;  // keys whose result is finished before it is added to others
 
-// How keys and values are stored. Another format needs `widen` and `store` in attention.inl, and a
-// size here.
-enum class Kept { bf16, f32 };
+// How keys and values are stored. Another format needs `widen` and `keep_as` in attention.inl, and
+// a size here.
+enum class Kept { bf16, f32, int8 };
+inline constexpr i64 size_of(Kept kept) { return kept == Kept::f32 ? 4 : kept == Kept::bf16 ? 2 : 1; }
 
 // One layer of one step. Tokens lie row after row; *_step: floats from one token to the next.
 struct Attention {
@@ -36,7 +38,8 @@ struct Attention {
 
     int group() const { return H / K; }            // query heads to a key head
     i64 padded() const { return (d + 15) / 16 * 16; }
-    i64 head_size() const { return PAGE * (d + padded()); }  // numbers of one key head in a page
+    i64 numbers() const { return PAGE * (d + padded()); }  // of one key head in a page
+    i64 head_size() const { return numbers() + (kept == Kept::int8 ? 2 * PAGE * 4 : 0); }  // in their size
 };
 
 // One row: `count` new tokens from `start` on, after `past` that are kept.
@@ -52,8 +55,8 @@ struct Tile {
     i64 part;  // where among the parts the chunk's result lies, or that of the first chunk
 };
 
-inline constexpr i64 page_bytes(Kept kept, i64 K, i64 d) {
-    return K * PAGE * (d + (d + 15) / 16 * 16) * (kept == Kept::bf16 ? 2 : 4);
+inline i64 page_bytes(Kept kept, int K, int d) {
+    return K * Attention{.kept = kept, .d = d}.head_size() * size_of(kept);
 }
 
 struct AttentionKernels {

@@ -15,8 +15,10 @@ inline constexpr float NOTHING = -1e30f;  // the maximum of no scores: finite, s
 
 static inline F16 widen(const std::uint16_t* p) { return load_bf16(p); }
 static inline F16 widen(const float* p) { return load(p); }
+static inline F16 widen(const std::int8_t* p) { return load_int8(p); }
 static inline void keep_as(std::uint16_t* p, F16 x) { store_bf16(p, x); }
 static inline void keep_as(float* p, F16 x) { store(p, x); }
+static inline void keep_as(std::int8_t* p, F16 x) { store_bytes(p, to_int(max(x, set(-127.f)))); }
 
 // 2 ** x for x <= 0: x = n + r, |r| <= 1/2, a polynomial of degree 6 for 2 ** r. Within 1 unit in
 // the last place down to 2 ** -126, 0 below; NaN stays NaN.
@@ -69,7 +71,7 @@ static inline void multiply_block(const float* a, const Vectors<T>& b, i64 count
         }
     for (i64 k = 0; k < count; k++) {
         // Into the second cache: the first is full of what is being read.
-        if constexpr (sizeof(T) == 2) __builtin_prefetch(b.ahead + k * N * 16, 0, 2);
+        if constexpr (sizeof(T) < 4) __builtin_prefetch(b.ahead + k * N * 16, 0, 2);
         F16 row[N];
         for (int n = 0; n < N; n++) row[n] = widen(b.p + k * b.step + n * b.next);
         for (int m = 0; m < M; m++) {
@@ -127,7 +129,7 @@ struct Room {
         q = take(n * a.d);                      // [queries, d, group], scaled
         sums = take(n * 16);                    // [queries, group, 16]
         scores = take(a.group() * PAGE);       // [group, PAGE]
-        page = take(a.head_size());             // keys and values of a page
+        page = take(a.numbers());               // keys and values of a page
         part = take(part_size(a, queries));
         total = take(part_size(a, queries));
     }
@@ -136,10 +138,10 @@ struct Room {
 static i64 room_size(const Attention& a, i64 queries) { return Room(a, queries, nullptr).size; }
 
 // One query's heads over keys [from, to) of a page: the running softmax of Milakov & Gimelshein
-// 2018, https://arxiv.org/abs/1805.02867.
+// 2018, https://arxiv.org/abs/1805.02867. scales: of keys, then of values, or null.
 template <class T>
-static inline void step(i64 G, i64 d, i64 padded, const float* q, const T* page, const T* ahead, i64 from, i64 to,
-                        float* scores, float* mixed, float* most_so_far, float* sums) {
+static inline void step(i64 G, i64 d, i64 padded, const float* q, const T* page, const T* ahead, const float* scales,
+                        i64 from, i64 to, float* scores, float* mixed, float* most_so_far, float* sums) {
     const i64 first = from / 16, last = (to - 1) / 16;
     multiply<Product::scores>(G, last - first + 1, q, Vectors<T>{page + first * 16 * d, 16, 16 * d, ahead}, d,
                               scores + first * 16, G, nullptr);
@@ -148,6 +150,7 @@ static inline void step(i64 G, i64 d, i64 padded, const float* q, const T* page,
         float was[16] = {}, now[16] = {}, shrink[16];
         for (i64 i = 0; i < some; i++) {
             float* s = scores + (g + i) * PAGE;
+            for (i64 v = first; scales && v <= last; v++) store(s + 16 * v, mul(load(s + 16 * v), load(scales + 16 * v)));
             store(s + 16 * first, keep(load(s + 16 * first), int(from - 16 * first), 16, -__builtin_inff()));
             store(s + 16 * last, keep(load(s + 16 * last), 0, int(to - 16 * last), -__builtin_inff()));
             F16 high = load(s + 16 * first);
@@ -163,7 +166,7 @@ static inline void step(i64 G, i64 d, i64 padded, const float* q, const T* page,
             F16 total = mul(load(sums + (g + i) * 16), set(shrink[i]));
             for (i64 v = first; v <= last; v++) {
                 const F16 share = power_of_two(sub(load(s + 16 * v), set(now[i])));
-                store(s + 16 * v, share);
+                store(s + 16 * v, scales ? mul(share, load(scales + PAGE + 16 * v)) : share);
                 total = add(total, share);
             }
             store(sums + (g + i) * 16, total);
@@ -196,15 +199,16 @@ static inline void attend_chunk(const Attention& a, const Row& row, const Tile& 
     for (i64 at = first / PAGE * PAGE; at < end; at += PAGE) {
         const T* page = (const T*)row.pages[at / PAGE] + tile.head * a.head_size();
         const T* next = (const T*)row.pages[at / PAGE + (at + PAGE < end)] + tile.head * a.head_size();
+        const float* scales = sizeof(T) == 1 ? (const float*)(page + a.numbers()) : nullptr;
         const bool often = sizeof(T) < 4 && queries >= FEW;
         if (often)
-            for (i64 i = 0; i < a.head_size(); i += 16) store(room.page + i, widen(page + i));
+            for (i64 i = 0; i < a.numbers(); i += 16) store(room.page + i, widen(page + i));
         for (i64 i = 0; i < queries; i++) {
             const Seen seen(a, row.past + tile.from + i);
             const i64 from = later(seen.from - at, 0), to = sooner(seen.to - at, PAGE);
             if (from >= to) continue;
             auto run = [&](auto* kept, auto* ahead) {
-                step(G, d, padded, room.q + i * G * d, kept, ahead, from, to, room.scores, part.mixed + i * G * padded,
+                step(G, d, padded, room.q + i * G * d, kept, ahead, scales, from, to, room.scores, part.mixed + i * G * padded,
                      part.most + i * G, room.sums + i * G * 16);
             };
             if (often) run((const float*)room.page, (const float*)room.page);
@@ -276,8 +280,11 @@ static inline void attend_tile(const Attention& a, const Row& row, const Tile& t
 }
 
 static void attend(const Attention& a, const Row& row, const Tile& tile, float* parts, float* room) {
-    if (a.kept == Kept::bf16) attend_tile<std::uint16_t>(a, row, tile, parts, room);
-    else attend_tile<float>(a, row, tile, parts, room);
+    switch (a.kept) {
+        case Kept::bf16: return attend_tile<std::uint16_t>(a, row, tile, parts, room);
+        case Kept::f32: return attend_tile<float>(a, row, tile, parts, room);
+        case Kept::int8: return attend_tile<std::int8_t>(a, row, tile, parts, room);
+    }
 }
 
 static void gather(const Attention& a, const Row& row, const Tile& tile, float* parts, float* memory) {
@@ -291,6 +298,16 @@ static void gather(const Attention& a, const Row& row, const Tile& tile, float* 
     finish(a, row, tile, total);
 }
 
+// The scale that makes the largest of d numbers 127; NaN if one of them is no number.
+static inline float scale_of(const float* x, i64 d) {
+    F16 high = set(0), doubt = set(0);
+    for (i64 c = 0; c < d; c += 16) {
+        const F16 some = load_some(x + c, d - c);
+        high = max(high, max(some, sub(set(0), some))), doubt = fma(some, set(0), doubt);
+    }
+    return most(high) / 127.f + sum(doubt);
+}
+
 template <class T>
 static inline void append_to(const Attention& a, const Row& row, int head, i64 from, i64 to) {
     const i64 d = a.d, padded = a.padded();
@@ -301,18 +318,27 @@ static inline void append_to(const Attention& a, const Row& row, int head, i64 f
         keys += at % PAGE / 16 * 16 * d + at % 16;
         const float* k = a.k + (row.start + t) * a.k_step + head * d;
         const float* v = a.v + (row.start + t) * a.v_step + head * d;
+        float by_k = 1, by_v = 1;  // what numbers are multiplied with before they are kept
+        if constexpr (sizeof(T) == 1) {
+            float* scales = (float*)((T*)row.pages[at / PAGE] + head * a.head_size() + a.numbers()) + at % PAGE;
+            scales[0] = scale_of(k, d), scales[PAGE] = scale_of(v, d);
+            by_k = scales[0] > 0 ? 1 / scales[0] : 0, by_v = scales[PAGE] > 0 ? 1 / scales[PAGE] : 0;
+        }
         for (i64 c = 0; c < d; c += 16) {
             T some[16];
-            keep_as(some, load_some(k + c, d - c));
+            keep_as(some, mul(load_some(k + c, d - c), set(by_k)));
             for (i64 i = 0; i < 16 && c + i < d; i++) keys[(c + i) * 16] = some[i];
-            keep_as(values + c, load_some(v + c, d - c));
+            keep_as(values + c, mul(load_some(v + c, d - c), set(by_v)));
         }
     }
 }
 
 static void append(const Attention& a, const Row& row, int head, i64 from, i64 to) {
-    if (a.kept == Kept::bf16) append_to<std::uint16_t>(a, row, head, from, to);
-    else append_to<float>(a, row, head, from, to);
+    switch (a.kept) {
+        case Kept::bf16: return append_to<std::uint16_t>(a, row, head, from, to);
+        case Kept::f32: return append_to<float>(a, row, head, from, to);
+        case Kept::int8: return append_to<std::int8_t>(a, row, head, from, to);
+    }
 }
 
 }  // namespace attention

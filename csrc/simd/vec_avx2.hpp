@@ -102,6 +102,11 @@ static inline void store_bf16(std::uint16_t* p, F16 x) {
     __m256i both = _mm256_packus_epi32(half(x.a), half(x.b));
     _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(both, 0xd8));
 }
+static inline F16 load_int8(const std::int8_t* p) {
+    __m128i x = _mm_loadu_si128((const __m128i*)p);
+    auto half = [](__m128i y) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(y)); };
+    return {half(x), half(_mm_srli_si128(x, 8))};
+}
 static inline I16 widen(const std::uint8_t* p) {
     __m128i x = _mm_loadu_si128((const __m128i*)p);
     return {_mm256_cvtepu8_epi32(x), _mm256_cvtepu8_epi32(_mm_srli_si128(x, 8))};

@@ -87,6 +87,9 @@ static inline void store_bf16(std::uint16_t* p, F16 a) {
     r = _mm512_mask_or_epi32(r, nan, x, _mm512_set1_epi32(0x400000));
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16)));
 }
+static inline F16 load_int8(const std::int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
 static inline I16 widen(const std::uint8_t* p) {
     return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))};
 }

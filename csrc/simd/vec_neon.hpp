@@ -104,6 +104,12 @@ static inline I16 widen(uint8x16_t x) {
              vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(high))), vreinterpretq_s32_u32(vmovl_u16(vget_high_u16(high)))}};
 }
 static inline I16 widen(const std::uint8_t* p) { return widen(vld1q_u8(p)); }
+static inline F16 load_int8(const std::int8_t* p) {
+    const int8x16_t x = vld1q_s8(p);
+    const int16x8_t low = vmovl_s8(vget_low_s8(x)), high = vmovl_s8(vget_high_s8(x));
+    auto wide = [](int16x4_t y) { return vcvtq_f32_s32(vmovl_s16(y)); };
+    return {{wide(vget_low_s16(low)), wide(vget_high_s16(low)), wide(vget_low_s16(high)), wide(vget_high_s16(high))}};
+}
 static inline F16 pick(F16 table, I16 at) {
     uint8x16x4_t bytes;
     for (int i = 0; i < 4; i++) bytes.val[i] = vreinterpretq_u8_f32(table.v[i]);

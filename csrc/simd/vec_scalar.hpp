@@ -90,6 +90,8 @@ static inline void store_bf16(std::uint16_t* p, F16 a) {
         p[i] = std::uint16_t(nan ? (x >> 16) | 0x40u : (x + 0x7fffu + ((x >> 16) & 1u)) >> 16);
     }
 }
+// 16 signed bytes -> float
+static inline F16 load_int8(const std::int8_t* p) { F16 r; GPTOSS_EACH r.v[i] = float(p[i]); return r; }
 // 16 bytes -> int32, unsigned
 static inline I16 widen(const std::uint8_t* p) { I16 r; GPTOSS_EACH r.v[i] = p[i]; return r; }
 // table[lane & 15]

@@ -42,11 +42,18 @@ struct Story {
     }
     Row row(i64 past, i64 count) const { return {addresses.data(), 0, count, past}; }
 
-    float kept(float x) const {
-        if (s.kept == Kept::f32) return x;
-        std::uint32_t b;
-        std::memcpy(&b, &x, 4);
-        return from_bf16(std::uint16_t((b + 0x7fff + (b >> 16 & 1)) >> 16));
+    // number c of a key or a value, as it is kept
+    double kept(const float* x, i64 c) const {
+        if (s.kept == Kept::f32) return double(x[c]);
+        if (s.kept == Kept::bf16) {
+            std::uint32_t b;
+            std::memcpy(&b, x + c, 4);
+            return double(from_bf16(std::uint16_t((b + 0x7fff + (b >> 16 & 1)) >> 16)));
+        }
+        float top = 0;
+        for (int i = 0; i < s.d; i++) top = std::max(top, std::abs(x[i]));
+        const float scale = top / 127;
+        return double(std::nearbyint(x[c] * (1 / scale))) * double(scale);
     }
     // head h of token t, by the definition
     std::vector<double> truth(i64 t, i64 h) const {
@@ -55,13 +62,13 @@ struct Story {
         double most = sinks[h];
         for (i64 p = from; p <= t; p++) {
             double dot = 0;
-            for (i64 c = 0; c < s.d; c++) dot += double(q[(t * s.H + h) * s.d + c]) * double(kept(k[(p * s.K + g) * s.d + c]));
+            for (i64 c = 0; c < s.d; c++) dot += double(q[(t * s.H + h) * s.d + c]) * kept(k.data() + (p * s.K + g) * s.d, c);
             score.push_back(dot / std::sqrt(double(s.d))), most = std::max(most, score.back());
         }
         double sum = std::exp(double(sinks[h]) - most);
         for (double& x : score) sum += x = std::exp(x - most);
         for (i64 p = from; p <= t; p++)
-            for (i64 c = 0; c < s.d; c++) out[std::size_t(c)] += score[std::size_t(p - from)] / sum * double(kept(v[(p * s.K + g) * s.d + c]));
+            for (i64 c = 0; c < s.d; c++) out[std::size_t(c)] += score[std::size_t(p - from)] / sum * kept(v.data() + (p * s.K + g) * s.d, c);
         return out;
     }
 };
@@ -173,7 +180,7 @@ void test_company() {
 }  // namespace
 
 int main() {
-    for (Kept kept : {Kept::bf16, Kept::f32}) {
+    for (Kept kept : {Kept::bf16, Kept::f32, Kept::int8}) {
         for (i64 T : {1, 2, 17, 64, 130}) test({8, 1, 64, 0, kept}, T), test({8, 2, 64, 128, kept}, T);
         test({3, 1, 20, 5, kept}, 150);    // no whole vectors; a window smaller than a block
         test({40, 2, 16, 0, kept}, 33);    // more than sixteen heads to a key head

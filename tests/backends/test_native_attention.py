@@ -69,10 +69,18 @@ class Text:
 
     def truth(self, t, window, dtype=ml_dtypes.bfloat16):
         """The last t outputs, in float64 on keys and values as they are kept."""
-        k, v = (x.astype(dtype).astype(np.float64) for x in (self.k, self.v))
+        k, v = (kept(x, dtype) for x in (self.k, self.v))
         return attend_row(
             self.q[-t:].astype(np.float64), k, v, self.sinks.astype(np.float64), window
         )
+
+
+def kept(x, dtype):
+    """[n, heads, d] in float64, as a cache keeps it."""
+    if dtype != "int8":
+        return x.astype(dtype).astype(np.float64)
+    scale = np.abs(x).max(-1, keepdims=True) / np.float32(127)
+    return np.rint(x * (1 / scale)) * scale.astype(np.float64)
 
 
 def attend(cache, layer, rows, window):
@@ -109,12 +117,12 @@ def error(ours, truth):
     return np.abs(ours - truth).max() / np.abs(truth).max()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("window", [None, 1, 7, 128])
 def test_every_shape_is_exact(isa, shape, window, dtype):
     text, layer = Text(shape, 300), FULL if window is None else SLIDING
-    truth = text.truth(300, window, np.dtype(dtype))
+    truth = text.truth(300, window, dtype)
     assert error(in_steps(text, layer, window, [300], dtype), truth) < EXACT
 
 

@@ -160,6 +160,16 @@ def test_a_prompt_gets_the_same_bits_whole_and_in_pieces(small, threads):
         assert np.array_equal(ours, whole[: len(few)]), f"pieces of {piece}"
 
 
+@pytest.mark.parametrize("kv, mean", [("bfloat16", 1e-4), ("int8", 1e-3)])
+def test_smaller_caches_cost_little(kv, mean):
+    """The median token: a few meet a near tie between experts."""
+    tokens = words(400, SMALL)
+    truth = logits_of(NativeBackend(SMALL, reader(SMALL, 4), "exact"), tokens)
+    ours = logits_of(NativeBackend(SMALL, reader(SMALL, 4), "exact", kv=kv), tokens)
+    each, _ = divergence(f"exact, {kv}", ours, truth)
+    assert 0 < np.median(each) < mean
+
+
 def test_exact_keeps_keys_and_values_as_they_are():
     config, read, _ = nano()
     assert NativeBackend(config, read, "exact").kv == "float32"

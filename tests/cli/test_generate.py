@@ -76,12 +76,12 @@ def test_the_model_may_come_from_the_environment(toy):
 
 
 @needs_native
-@pytest.mark.parametrize("precision", ["exact", "fast"])
-def test_precision_and_threads_are_in_the_plan(gptoss_, toy, precision):
-    how = ("--precision", precision, "--threads", 1)
+@pytest.mark.parametrize("kv", ["float32", "int8"])
+def test_precision_threads_and_cache_are_in_the_plan(gptoss_, toy, kv):
+    how = ("--precision", "exact", "--threads", 1, "--kv", kv)
     status, out, err = gptoss_("generate", toy, "-p", "hi", "-l", 3, "--raw", "--seed", 1, *how)
-    assert status == 0 and f"native backend in {precision} precision" in err
-    assert "on cpu, 1 threads" in err
+    assert status == 0 and "native backend in exact precision" in err
+    assert "on cpu, 1 threads" in err and f" tokens in {kv} + " in err
 
 
 @needs_native

@@ -147,6 +147,14 @@ def test_native_is_fast_unless_the_model_is_narrow(toy, machine, monkeypatch):
     assert plan.make_plan(opened, precision="exact").needs.weights > made.needs.weights
 
 
+def test_a_cache_of_int8_is_half_of_bfloat16s(toy, machine):
+    machine(core=True)
+    opened = open_checkpoint(toy)
+    cache = {kv: plan.make_plan(opened, kv=kv).needs.cache for kv in ("bfloat16", "int8")}
+    head = opened.config.head_dim
+    assert cache["int8"] == pytest.approx(cache["bfloat16"] * (1 + 4 / head) / 2, rel=1e-6)
+
+
 def test_the_plan_reaches_the_native_room(toy, machine, monkeypatch):
     machine(core=True)
     asked = []
@@ -163,6 +171,7 @@ def test_the_plan_reaches_the_native_room(toy, machine, monkeypatch):
         "device": "cpu",
         "precision": "exact",
         "threads": 2,
+        "kv": "float32",
         "resident": None,
     }
     assert asked == [("native", options)]
@@ -191,6 +200,8 @@ def test_the_native_backend_answers_as_the_reference(toy):
         {"precision": "fast", "device": "cuda"},
         {"precision": "finest"},
         {"threads": 2, "backend": "torch"},
+        {"kv": "int8", "backend": "torch"},
+        {"kv": "int4"},
         {"threads": 0},
         {"memory": 10**9, "backend": "torch"},
         {"memory": 1000, "backend": "native"},

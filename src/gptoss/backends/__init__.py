@@ -7,6 +7,7 @@ from gptoss.model.weights import Read
 
 NAMES = ("reference", "native", "torch")
 PRECISIONS = ("exact", "fast")  # of native
+CACHES = ("bfloat16", "float32", "int8")  # how native keeps keys and values
 NARROW = 512  # hidden size below which native's fast precision is the exact one
 
 
@@ -19,6 +20,7 @@ def load_backend(
     device: str = "cpu",
     precision: str | None = None,
     threads: int | None = None,
+    kv: str | None = None,
     resident: int | None = None,
 ) -> Backend:
     """Open one room. Imports stay inside the arms so that no room pays for another.
@@ -33,13 +35,15 @@ def load_backend(
         precision: native only: "exact" computes with the weights as published, "fast" (default)
             in 8 bits with dense matrices rounded to 8 bits, unless the model is ``NARROW``.
         threads: native only; None: as many as the machine has cores.
+        kv: native only: how keys and values are kept, one of ``CACHES``; None: bfloat16 with fast,
+            float32 with exact precision.
         resident: native only: most bytes of packed experts in memory; None: no limit.
 
     Raises:
         ValueError: an unknown name, dtype, device or precision, or one that is another room's.
         BackendUnavailable: this machine lacks what the room needs.
     """
-    check_options(name, dtype=dtype, precision=precision, threads=threads, memory=resident)
+    check_options(name, dtype=dtype, precision=precision, threads=threads, kv=kv, memory=resident)
     if name == "native" and device != "cpu":
         raise ValueError(f"the native backend runs on the cpu, not on {device!r}")
     match name:
@@ -52,9 +56,7 @@ def load_backend(
                 from gptoss.backends.native import NativeBackend
             except ImportError as error:
                 raise _without_core(error) from None
-            return NativeBackend(
-                config, read, precision=precision or "fast", threads=threads, resident=resident
-            )
+            return NativeBackend(config, read, precision or "fast", threads, kv, resident)
         case "torch":
             try:
                 from gptoss.backends.torch import TorchBackend
@@ -81,6 +83,7 @@ def check_options(
     dtype: str | None,
     precision: str | None,
     threads: int | None,
+    kv: str | None = None,
     memory: int | None = None,
 ) -> None:
     """Raises ValueError for a room that does not exist, or an option that is not its own."""
@@ -88,6 +91,8 @@ def check_options(
         raise ValueError(f"unknown backend {name!r}; one of {', '.join(NAMES)}")
     if precision not in (None, *PRECISIONS):
         raise ValueError(f"unknown precision {precision!r}; one of {', '.join(PRECISIONS)}")
+    if kv not in (None, *CACHES):
+        raise ValueError(f"unknown kind of cache {kv!r}; one of {', '.join(CACHES)}")
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, not {threads}")
     if name == "native" and dtype is not None:
@@ -100,6 +105,8 @@ def check_options(
         raise ValueError(
             f"threads are the native backend's to choose; the {name} backend takes none"
         )
+    if name != "native" and kv is not None:
+        raise ValueError(f"the {name} backend keeps keys and values in its dtype, not in {kv}")
     if name != "native" and memory is not None:
         raise ValueError(
             f"only the native backend keeps within a given memory; the {name} backend does not"

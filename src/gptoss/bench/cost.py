@@ -14,9 +14,8 @@ Real traffic is larger where a backend reads something twice. The count is what 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gptoss.backends import NARROW
 from gptoss.backends.protocol import Batch
-from gptoss.llm.needs import BYTES, PACKED, ROUNDED, counts
+from gptoss.llm.needs import BYTES, PACKED, ROUNDED, counts, eight_bits, kept, key_width
 from gptoss.model.config import ModelConfig
 
 
@@ -48,18 +47,22 @@ class Cost:
         )
 
 
-def widths(config: ModelConfig, backend: str, numbers: str, *, packed: bool) -> Widths:
-    """How a backend holds its weights in these ``numbers``: a dtype, or native's precision."""
+def widths(
+    config: ModelConfig, backend: str, numbers: str, *, packed: bool, kv: str | None = None
+) -> Widths:
+    """How a backend holds its weights in these ``numbers``: a dtype, or native's precision.
+
+    ``kv``: of the native backend, as ``needs.kept`` takes it.
+    """
     stored = PACKED if packed else BYTES["bfloat16"]
     if backend == "native":
-        fast = numbers == "fast" and config.hidden_size >= NARROW
         return Widths(
-            matrix=ROUNDED if fast else 2,
+            matrix=ROUNDED if eight_bits(config, numbers) else 2,
             gate=2,
             expert=stored,
             vector=4,
             embedding=2,
-            cache=2 if fast else 4,
+            cache=key_width(config, kept(config, numbers, kv)),
         )
     width = BYTES[numbers]
     if backend == "reference":

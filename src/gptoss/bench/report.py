@@ -68,6 +68,7 @@ class Report:
             "dtype": plan.dtype,
             "precision": plan.precision,
             "threads": plan.threads,
+            "kv": plan.kv,
             "device": plan.device,
             **self.settings,
             "tokens_per_second": self.tokens / self.typical,

@@ -27,6 +27,7 @@ class Loading(TypedDict, total=False):
     device: str | None
     precision: str | None
     threads: int | None
+    kv: str | None
     memory: int | None
     force: bool
     announce: Announce | None
@@ -143,7 +144,7 @@ def held(plan: Plan, config: ModelConfig) -> Widths:
     """At what widths the plan's backend holds the model."""
     numbers = plan.precision or plan.dtype
     assert numbers is not None
-    return widths(config, plan.backend, numbers, packed=LAYOUTS[plan.layout].packed)
+    return widths(config, plan.backend, numbers, packed=LAYOUTS[plan.layout].packed, kv=plan.kv)
 
 
 def alternate(

@@ -24,12 +24,14 @@ Backend = Annotated[
 ]
 Precision = Annotated[
     Literal["exact", "fast"] | None,
-    Option(
-        help="native: weights as published, or 8 bits", default="fast, or exact for a tiny model"
-    ),
+    Option(help="native: weights as published, or 8 bits", default="fast; a narrow model: exact"),
 ]
 Threads = Annotated[
     int | None, Option(min=1, help="native: how many compute", default="one for each core")
+]
+Kv = Annotated[
+    Literal["bfloat16", "float32", "int8"] | None,
+    Option(help="native: how keys and values are kept", default="bfloat16, exact: float32"),
 ]
 Memory = Annotated[
     str | None,
@@ -109,6 +111,7 @@ class Loading:
     backend: Backend = "auto"
     precision: Precision = None
     threads: Threads = None
+    kv: Kv = None
     memory: Memory = None
     dtype: Dtype = None
     device: Device = None
@@ -132,6 +135,7 @@ class Loading:
                 self.context,
                 precision=self.precision,
                 threads=self.threads,
+                kv=self.kv,
                 memory=size(self.memory),
                 force=self.force,
                 announce=None if self.quiet else announce,

@@ -44,15 +44,17 @@ def estimate(
     *,
     packed: bool = True,
     step: int = STEP_TOKENS,
+    kv: str | None = None,
 ) -> Needs:
     """Memory to run a model in these ``numbers``: a dtype, or the native backend's precision.
 
-    ``step``: of the native backend, tokens of a prompt that are computed together at most.
+    ``step`` and ``kv``: of the native backend, tokens of a prompt that are computed together at
+    most, and how keys and values are kept (see ``kept``).
     Pages of a mapped file count like any other, though ``mapped`` ones need not all stay.
     """
     match backend:
         case "native":
-            return _native(config, numbers, max_tokens, packed, step)
+            return _native(config, numbers, max_tokens, packed, step, kept(config, numbers, kv))
         case "reference":
             return _reference(config, BYTES[numbers], max_tokens, packed)
         case _:
@@ -72,20 +74,36 @@ def parameters(config: ModelConfig) -> int:
     return sum(counts(config))
 
 
-def _native(c: ModelConfig, precision: str, max_tokens: int, packed: bool, step: int) -> Needs:
+def eight_bits(config: ModelConfig, precision: str) -> bool:
+    """Whether the native backend rounds anything to 8 bits."""
+    return precision == "fast" and config.hidden_size >= NARROW
+
+
+def kept(config: ModelConfig, precision: str, kv: str | None) -> str:
+    """How the native backend keeps keys and values, unless ``kv`` says."""
+    return kv or ("bfloat16" if eight_bits(config, precision) else "float32")
+
+
+def key_width(config: ModelConfig, kv: str) -> float:
+    """Bytes of one number of a key or a value; in int8 with its share of a scale."""
+    return 1 + 4 / config.head_dim if kv == "int8" else BYTES[kv]
+
+
+def _native(
+    c: ModelConfig, precision: str, max_tokens: int, packed: bool, step: int, kv: str
+) -> Needs:
     """Everything as stored; fast rounds the matrices that every token passes through."""
     dense, experts = counts(c)
     D, F, V, heads = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_attention_heads
     matrices = V * D + c.num_hidden_layers * D * (c.qkv_size + heads * c.head_dim)
-    fast = precision == "fast" and D >= NARROW
-    rounded = matrices if fast else 0
+    rounded = matrices if eight_bits(c, precision) else 0
     stored = round(experts * _stored(packed))
     mapped = stored if packed else 0
     beside, step = max(NATIVE_CHUNK, step), min(step, max_tokens)
     a_token = 8 * D + 2 * c.qkv_size + c.experts_per_token * (3 * F + 2 * D)  # float32 values
     return Needs(
         weights=round(2 * (dense - rounded) + ROUNDED * rounded) + stored,
-        cache=_cached(c, max_tokens, beside) * (2 if fast else 4),
+        cache=round(_cached(c, max_tokens, beside) * key_width(c, kv)),
         working=4 * step * a_token + 4 * heads * max_tokens + 32 * V,
         mapped=mapped,
         layer=mapped // c.num_hidden_layers,

@@ -10,7 +10,7 @@ from gptoss.checkpoint.open import Checkpoint
 from gptoss.engine import STEP_TOKENS
 from gptoss.errors import GptOssError
 from gptoss.llm.memory import available_memory
-from gptoss.llm.needs import BYTES, NATIVE_CHUNK, Needs, estimate, parameters
+from gptoss.llm.needs import BYTES, NATIVE_CHUNK, Needs, estimate, kept, parameters
 from gptoss.model.config import ModelConfig
 
 ROOM = 16_384  # tokens of prompt and answer, unless more is asked for
@@ -40,6 +40,7 @@ class Plan:
     max_tokens: int  # room for prompt and answer
     needs: Needs
     available: int | None  # bytes of memory; None: unknown
+    kv: str | None = None  # how native keeps keys and values
     resident: int | None = None  # bytes of experts in memory, the others on disk; None: all
     step_tokens: int = STEP_TOKENS  # of a prompt, computed together
 
@@ -53,7 +54,7 @@ class Plan:
         have = "unknown" if self.available is None else f"{size(self.available)} free"
         numbers = self.dtype or f"{self.precision} precision ({MEANING[self.precision or 'exact']})"
         threads = f", {self.threads} threads" if self.threads is not None else ""
-        needs, on_disk = self.needs, ""
+        needs, on_disk, kv = self.needs, "", f" in {self.kv}" if self.kv else ""
         if self.resident is not None:
             on_disk = (
                 f"\nexperts stay on disk, at most {size(self.resident)} of their "
@@ -65,7 +66,7 @@ class Plan:
             f"{self.backend} backend in {numbers} on {self.device}{threads} ({self.reason})\n"
             f"memory: {size(self.total)} = weights "
             f"{size(self.total - needs.cache - needs.working)} + cache {size(needs.cache)} for "
-            f"{self.max_tokens} tokens + working memory {size(needs.working)}; {have}{on_disk}"
+            f"{self.max_tokens} tokens{kv} + working memory {size(needs.working)}; {have}{on_disk}"
         )
 
     def check(self) -> None:
@@ -96,16 +97,18 @@ def make_plan(
     device: str | None = None,
     precision: str | None = None,
     threads: int | None = None,
+    kv: str | None = None,
     memory: int | None = None,
     max_tokens: int | None = None,
 ) -> Plan:
     """Decide what was left open. Raises ValueError for what no backend is, takes or holds."""
     config = checkpoint.config
-    native = any(given is not None for given in (precision, threads, memory))
+    native = any(given is not None for given in (precision, threads, kv, memory))
     chosen, where, reason = choose(config, backend, device, dtype=dtype, native=native)
-    check_options(chosen, dtype=dtype, precision=precision, threads=threads, memory=memory)
+    check_options(chosen, dtype=dtype, precision=precision, threads=threads, kv=kv, memory=memory)
     if chosen == "native":
         numbers = precision = "exact" if config.hidden_size < NARROW else precision or "fast"
+        kv = kept(config, precision, kv)
     else:
         numbers = dtype = dtype or ("float32" if chosen == "reference" else "bfloat16")
         if numbers not in BYTES:
@@ -119,10 +122,10 @@ def make_plan(
         )
     available, packed = _free(where), checkpoint.layout.packed
     step = NATIVE_CHUNK if chosen == "native" else STEP_TOKENS
-    needs = estimate(config, chosen, numbers, room, packed=packed, step=step)
+    needs = estimate(config, chosen, numbers, room, packed=packed, step=step, kv=kv)
     resident = share(needs, available, memory)
     if resident is not None:
-        long = estimate(config, chosen, numbers, room, packed=packed, step=DISK_STEP)
+        long = estimate(config, chosen, numbers, room, packed=packed, step=DISK_STEP, kv=kv)
         left = resident - (long.total - needs.total)
         if left >= needs.layer:
             needs, resident, step = long, left, DISK_STEP
@@ -133,6 +136,7 @@ def make_plan(
         backend=chosen,
         dtype=dtype,
         precision=precision,
+        kv=kv,
         device=where,
         threads=threads,
         reason=reason,

@@ -42,6 +42,7 @@ class TokenGenerator:
         device: str | None = None,
         precision: str | None = None,
         threads: int | None = None,
+        kv: str | None = None,
         memory: int | None = None,
         max_tokens: int | None = None,
         force: bool = False,
@@ -53,8 +54,10 @@ class TokenGenerator:
         Args:
             checkpoint: a path, "nano", or a Hugging Face id.
             precision: of the native backend: "fast" (8-bit; the default) or "exact" (the weights
-                as published in float32 arithmetic; the default of a tiny model).
+                as published; of a narrow model, always).
             threads: of the native backend; by default one for each core.
+            kv: of the native backend: keys and values in "bfloat16" (the default of fast),
+                "float32" (of exact) or "int8", for which a context takes half of bfloat16's memory.
             memory: of the native backend: bytes that the model may take. What does not fit of
                 packed experts stays on disk and is read when used. By default, what is free.
             max_tokens: room for prompt and answer together; by default 16,384, or the model's
@@ -78,6 +81,7 @@ class TokenGenerator:
             device=device,
             precision=precision,
             threads=threads,
+            kv=kv,
             memory=memory,
             max_tokens=max_tokens,
         )
@@ -94,6 +98,7 @@ class TokenGenerator:
                 device=self.plan.device,
                 precision=self.plan.precision,
                 threads=self.plan.threads,
+                kv=self.plan.kv,
                 resident=self.plan.resident,
             ),
             vocab_size=sampled_size(self.tokenizer),

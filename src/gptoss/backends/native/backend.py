@@ -33,8 +33,9 @@ class NativeBackend:
             to 8 bits before each product with those and with packed experts. In a model of less
             than ``NARROW`` that saves little and loses much: there it is exact.
         threads: how many share an operation; None: the cores this process may use.
-        kv: how keys and values are kept, "bfloat16" (None: with fast) or "float32" (with exact:
-            rounded to bfloat16 they turn near ties between experts over).
+        kv: how keys and values are kept: "bfloat16" (None: with fast), "float32" (with exact:
+            rounded to bfloat16 they turn near ties between experts over), or "int8", a scale to
+            each key and value of a head.
         resident: most bytes of packed experts to keep mapped; the others stay on disk until they
             are used. None: no limit.
 

@@ -29,7 +29,7 @@ class NativeCache(Slots):
     Args:
         config: the model's numbers.
         max_tokens: over all slots together.
-        dtype: how keys and values are kept, "bfloat16" or "float32".
+        dtype: how keys and values are kept: "bfloat16", "float32" or "int8".
 
     Raises:
         ValueError: another dtype.
