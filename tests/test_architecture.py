@@ -43,6 +43,11 @@ ELSEWHERE = {
     "llguidance": ("grammar",),
     "rich": ("cli",),
     "huggingface_hub": ("llm", "cli"),
+    "fastapi": ("server",),
+    "starlette": ("server",),
+    "pydantic": ("server",),
+    "uvicorn": ("server",),
+    "prometheus_client": ("server",),
     "torch": ("backends/torch", "backends/triton", "train"),
     "triton": ("backends/triton",),
     "mlx": ("backends/mlx",),
@@ -55,9 +60,16 @@ OPTIONAL = {
     "ttnn",
     "huggingface_hub",
     "llguidance",
+    "fastapi",
+    "starlette",
+    "pydantic",
+    "uvicorn",
+    "prometheus_client",
 }  # the package works without
+WHOLE = ("train", "server")  # rooms that need theirs altogether
 COMPILED = ("backends/native", "bench")  # who calls gptoss._core: to run models, to measure
-JUDGES = {"transformers", "openai_harmony", "safetensors", "jsonschema"}  # of the tests, never of the package
+# Of the tests, never of the package.
+JUDGES = {"transformers", "openai_harmony", "safetensors", "jsonschema"}
 BORROWS = {"triton": {"torch"}}  # the one connecting door between rooms of backends/
 
 
@@ -284,7 +296,7 @@ def python(code: str) -> str:
 
 
 def test_every_room_but_those_of_heavy_libraries_opens_without_them():
-    heavy = tuple(r for top in OPTIONAL for r in ELSEWHERE[top] if "/" in r or r == "train")
+    heavy = tuple(r for top in OPTIONAL for r in ELSEWHERE[top] if "/" in r or r in WHOLE)
     files = [f for f in FILES if not f.startswith(heavy) and not f.endswith("__main__.py")]
     modules = [
         ".".join(("gptoss", *PurePosixPath(f).with_suffix("").parts)).removesuffix(".__init__")

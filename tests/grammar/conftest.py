@@ -15,7 +15,7 @@ def untried(monkeypatch):
 
 
 def babble(constraint, words, seed=0, patience=60):
-    """A turn of tokens drawn evenly from what is allowed; after ``patience``, what closes first."""
+    """A turn of tokens drawn evenly from the allowed; after ``patience``, rather what closes."""
     rng, drawn = np.random.default_rng(seed), []
     closes = np.zeros(words.vocab_size, bool)
     closes[list(words.specials.values())] = True
@@ -23,7 +23,8 @@ def babble(constraint, words, seed=0, patience=60):
     while not constraint.ended:
         allowed = constraint.mask()
         assert allowed.shape == (words.vocab_size,) and allowed.any()
-        if len(drawn) > patience and (allowed & closes).any():
+        impatient = len(drawn) > patience and rng.random() < 0.8  # a closing may need more first
+        if impatient and (allowed & closes).any():
             allowed = allowed & closes
         token = int(rng.choice(np.flatnonzero(allowed)))
         constraint.accept(token)

@@ -35,12 +35,6 @@ def test_what_has_no_text_at_all_is_found_before_it_is_used(nano):
         constrain(nano, format=Lark("start: A\nA: /a/ & /b/"))
 
 
-def test_too_many_optional_properties_are_found_before_they_are_used(nano):
-    wide = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(1000)}}
-    with pytest.raises(GrammarError, match="max is 2000"):
-        constrain(nano, format=JsonSchema(wide))
-
-
 def test_what_compiles_there_compiles_here(nano):
     assert constrain(nano, format=Regex("[a-z]+")) is not None
 

@@ -137,6 +137,10 @@ def test_builtin_tools(nano):
     assert allows(c, nano, "<|channel|>analysis to=python code<|message|>print(1)<|call|>")
     assert allows(c, nano, ' to=browser.search<|channel|>commentary<|message|>{"query"')
     assert not allows(c, nano, " to=browser.steal")
+    c = constrain(nano, builtin=["browser"], choice="none")
+    assert allows(c, nano, FINAL + "Hi<|return|>") and not allows(c, nano, " to=")
+    with pytest.raises(ValueError, match="'shell' is none of browser, python"):
+        constrain(nano, builtin=["shell"])
     with pytest.raises(ValueError, match="required, but there are no tools"):
         constrain(nano, choice="required")
 
@@ -231,7 +235,7 @@ def test_openai_reads_the_same_turn(tokenizer, harmony, asked):
     from openai_harmony import Role
 
     tools = asked.get("tools", ())
-    for seed in range(4):
+    for seed in range(2):
         tokens = babble(constrain(tokenizer, **asked), tokenizer, seed, patience=25)
         ours = read(tokens, tokenizer, tools)
         judge(ours[-1], tools, asked.get("format"))

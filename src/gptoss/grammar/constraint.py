@@ -51,7 +51,7 @@ def constrain(
 
 
 def prepare(tokenizer: Tokenizer) -> "Table":
-    """The tokenizer's table, built at the first call: about 2 s and 80 MB for o200k's 201,088 ids.
+    """The tokenizer's table, built at the first call: about 1 s and 80 MB for o200k's 201,088 ids.
 
     A server calls this before it says that it is ready. Raises GptOssError without llguidance.
     """

@@ -12,7 +12,8 @@ from gptoss.errors import GrammarError
 
 MOST_BYTES = 256 << 10  # of a schema or a grammar
 MOST_LEVELS = 100  # of braces and brackets; the compiler's own limit is 128
-SPACES = r"[ \t\r\n]{1,64}"  # between JSON tokens; more would let a model pad without end
+MOST_OPTIONAL = 400  # properties of one object; the compiler follows four states for each at once
+SPACES = r"[ \t\r\n]{1,32}"  # between JSON tokens; more would let a model pad without end
 
 # Keywords whose values are schemas: one, a list, or a dict of them.
 ONE = {"additionalProperties", "items"}
@@ -27,6 +28,7 @@ NOTES = {
     *("$schema", "$id", "$comment", "title", "description", "default", "examples", "example"),
     *("deprecated", "readOnly", "writeOnly", "discriminator"),
 }
+KNOWN = ONE | LISTS | DICTS | HELD | NOTES
 
 # Lark's strings, regexes and comments, as llguidance's lexer cuts them.
 LITERAL = re.compile(
@@ -47,9 +49,11 @@ def checked_schema(schema: object, where: str) -> object:
     if not isinstance(schema, dict):
         _refuse(where, f"a schema is an object, not {type(schema).__name__}")
     for part in _parts(schema):
-        known = ONE | LISTS | DICTS | HELD | NOTES
-        if odd := [k for k in part if k not in known and not k.startswith("x-")]:
+        if odd := [k for k in part if k not in KNOWN and not k.startswith("x-")]:
             _refuse(where, f"the keyword {odd[0][:40]!r} is none that can be held to")
+        known = part.get("properties")
+        if isinstance(known, dict) and len(known) - len(_list(part, "required")) > MOST_OPTIONAL:
+            _refuse(where, f"an object has more than {MOST_OPTIONAL} optional properties")
     if _endless(schema):
         _refuse(where, "the schema never ends: a value would have to contain one of its own kind")
     ours = {"x-guidance": {"whitespace_pattern": SPACES}}

@@ -18,14 +18,26 @@ MEMORY = 1 << 30  # bytes of address space, the interpreter's included
 
 
 def trial(grammars: Sequence[str], specials: Sequence[str]) -> str:
-    """What is wrong with one of the grammars, as a sentence; "" if they compile within bounds."""
+    """What is wrong with one of the grammars, as a sentence; "" if they compile within bounds.
+
+    Raises GrammarError where that cannot be told this time.
+    """
+    from gptoss.errors import GrammarError  # here, for the other process knows no package
+
     asked = json.dumps({"grammars": list(grammars), "specials": list(specials), "seconds": SECONDS})
     command = [sys.executable, "-P", __file__]
     try:
         ran = subprocess.run(command, input=asked.encode(), capture_output=True, timeout=PATIENCE)
     except subprocess.TimeoutExpired:
-        return f"the grammar did not compile within {PATIENCE:.0f} seconds; make it simpler"
-    if ran.returncode:
+        raise GrammarError(
+            f"the grammar did not compile within {PATIENCE:.0f} seconds; make it simpler"
+        ) from None
+    except OSError as error:
+        raise GrammarError(f"the grammar could not be tried: {error.strerror}") from None
+    if ran.returncode > 0 and b"MemoryError" not in ran.stderr:
+        why = ran.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise GrammarError(f"the grammar could not be tried: {' '.join(why)[:200]}")
+    if ran.returncode:  # a signal: the processor's time, or memory that could not be had
         bounds = f"{SECONDS} seconds and {MEMORY >> 20} MiB"
         return f"the grammar did not compile within {bounds}; make it simpler"
     return ran.stdout.decode()

@@ -60,32 +60,42 @@ def turn(
         ValueError: a choice without the tool, a name that no header can have.
         GrammarError: a format or a tool's parameters that cannot be held.
     """
-    if choice not in ("none", "auto", "required", *(f"functions.{t.name}" for t in tools)):
-        raise ValueError(f"tool_choice: {choice!r}, but there is no such tool")
-    if choice == "required" and not tools and not builtin:
-        raise ValueError("tool_choice: required, but there are no tools")
-    some = bool(tools or builtin)
+    _check(choice, tools, builtin)
     strict = choice != "none" and any(tool.strict for tool in tools)
-    if format is None and not strict and (choice == "auto" or not some):
+    if format is None and not strict and (choice == "auto" or not (tools or builtin)):
         return None
-    callable_ = [t for t in tools if choice in ("auto", "required", f"functions.{t.name}")]
-    paths = BUILTIN if choice in ("auto", "required") else {}
-    calls = [*_calls(callable_), *_builtin_calls([p for b in builtin for p in paths[b]])]
-    bodies = {f"arguments-{i}": _arguments(tool) for i, tool in enumerate(callable_)}
-    ends = (["final"] if choice in ("none", "auto") else []) + (["call"] if calls else [])
-    lines = [f"start: thought{{0,{MOST_THOUGHTS}}} {'aside? ' if calls else ''}({'|'.join(ends)})"]
-    if calls:
-        lines.append("call: (" + "\n  | ".join(calls) + ") <|call|>")
-    if "final" in ends:
-        body = "TEXT" if format is None else "@final"
-        lines.append(f'final: <|channel|> "final" <|message|> {body} <|return|>')
-        if format is not None:
-            bodies["final"] = _body(format, "response_format")
-    whole = {"lark_grammar": "\n".join(lines) + HARMONY}
+    open_ = choice in ("auto", "required")
+    offered = [tool for tool in tools if open_ or choice == f"functions.{tool.name}"]
+    paths = [path for name in builtin if open_ for path in BUILTIN[name]]
+    calls = [*_calls(offered), *_builtin_calls(paths)]
+    bodies = {f"arguments-{i}": _arguments(tool) for i, tool in enumerate(offered)}
+    final = None if choice not in ("none", "auto") else "TEXT" if format is None else "@final"
+    if format is not None and final is not None:
+        bodies["final"] = _body(format, "response_format")
+    whole = {"lark_grammar": "\n".join(_rules(calls, final)) + HARMONY}
     named = [{"name": "turn", **whole}, *({"name": n, **body} for n, body in bodies.items())]
     trusted = (_body(ANY_OBJECT, ""), _body(NO_ARGUMENTS, ""))
     alone = (json.dumps({"grammars": [b]}) for b in bodies.values() if b not in trusted)
     return Turn(json.dumps({"grammars": named}), tuple(alone))
+
+
+def _check(choice: Choice, tools: Sequence[Tool], builtin: Sequence[str]) -> None:
+    if choice not in ("none", "auto", "required", *(f"functions.{t.name}" for t in tools)):
+        raise ValueError(f"tool_choice: {choice!r}, but there is no such tool")
+    if choice == "required" and not tools and not builtin:
+        raise ValueError("tool_choice: required, but there are no tools")
+    if odd := [name for name in builtin if name not in BUILTIN]:
+        raise ValueError(f"builtin_tools: {odd[0]!r} is none of {', '.join(BUILTIN)}")
+
+
+def _rules(calls: Sequence[str], final: str | None) -> Iterator[str]:
+    """How the turn begins and ends; ``final`` is the body of its answer, None if none may come."""
+    ends = " | ".join(["final"] * (final is not None) + ["call"] * bool(calls))
+    yield f"start: thought{{0,{MOST_THOUGHTS}}} {'aside? ' if calls else ''}({ends})"
+    if calls:
+        yield "call: (" + "\n  | ".join(calls) + ") <|call|>"
+    if final is not None:
+        yield f'final: <|channel|> "final" <|message|> {final} <|return|>'
 
 
 def _calls(tools: Sequence[Tool]) -> Iterator[str]:
