@@ -351,7 +351,7 @@ def test_forced_tokens_save_steps_and_change_nothing(seed):
         drawn.append(list(stream))
         chosen_freely = [s for s in SETS if len(s) != 1]
         saves = kind is Forcing and logprobs is None
-        assert len(backend.steps) == (len(chosen_freely) if saves else len(SETS))
+        assert len(backend.steps) == (len(chosen_freely) + 1 if saves else len(SETS))
     assert len({tuple(d.token for d in answer) for answer in drawn}) == 1
     assert drawn[2] == drawn[3]
 

@@ -9,6 +9,7 @@ import pytest
 import gptoss
 from gptoss import LLM, Message, TokenGenerator, Tool
 from gptoss.errors import ContextExceeded, GptOssError, TokenizerError
+from gptoss.llm.llm import conversation
 from gptoss.llm.tokens import sampled_size
 from gptoss.text.tokenizer import Tokenizer
 from tests.llm.toy import CONFIG, SPECIALS, damaged, play, toy_tokenizer, write_toy
@@ -99,6 +100,27 @@ def test_a_conversation_continued_costs_its_new_tokens_only(llm):
     assert first.usage.reused == 0
     second = llm.chat([*turns, Message(role="user", content="two")], seed=1, max_tokens=8)
     assert second.usage.reused >= first.usage.prompt - len("<|start|>assistant")
+
+
+def test_thoughts_that_are_left_out_cost_no_more_than_what_is_new(llm):
+    """They are longer than any window reaches back, and the next prompt leaves before them."""
+    asked = {"role": "user", "content": "one"}
+    first = llm.prompt(conversation([asked]))
+    request = llm.tokens.request(
+        first, (), seed=0, max_tokens=400, boundaries=llm.boundaries(first)
+    )
+    assert len(list(llm.tokens.engine.submit(request))) == 400
+    turns = [
+        asked,
+        {"role": "assistant", "channel": "analysis", "content": "so long forgotten " * 20},
+        {"role": "assistant", "channel": "final", "content": "two"},
+        {"role": "user", "content": "three"},
+    ]
+    second = llm.chat(turns, seed=1, max_tokens=2)
+    shared = first[: len(first) - len("<|start|>assistant") + len("<|start|>") - 1]
+    assert second.usage.reused == len(shared), "all but the opening of the turn"
+    other = llm.chat("another", seed=1, max_tokens=2)
+    assert 0 < other.usage.reused < len(shared), "the instructions are the same"
 
 
 def test_ten_turns_are_as_good_as_one(llm):

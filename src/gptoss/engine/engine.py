@@ -29,6 +29,7 @@ class Stats:
     steps: int
     running: int  # sequences, now
     waiting: int  # sequences, now
+    held: int  # tokens that running sequences reserve, now
     prompt: int  # tokens of prompts
     reused: int  # of those, not computed because an earlier request had
     recomputed: int  # tokens computed again after a preemption
@@ -192,6 +193,7 @@ class Engine:
             steps=self.steps,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
+            held=sum(row.room for row in [*scheduler.running]),
             prompt=self.prompt_tokens,
             reused=scheduler.reused,
             recomputed=scheduler.recomputed,

@@ -99,6 +99,11 @@ class Worker:
         self._thread.join()
 
     @property
+    def alive(self) -> bool:
+        """Whether the thread runs: started, and neither stopped nor dead."""
+        return self._thread.is_alive()
+
+    @property
     def stats(self) -> Stats:
         """See ``Engine.stats``; from any thread."""
         return self.engine.stats
