@@ -27,7 +27,7 @@ fmt: $(VENV)/.dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-nano: $(VENV)/.dev  ## train the packaged model from nothing, about half an hour on two cores
+nano: $(VENV)/.dev  ## train the packaged model from nothing, over an hour on two cores
 	bash runs/train_nano.sh
 
 clean:

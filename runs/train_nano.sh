@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The nano model from nothing: generate data, train, pack to MXFP4, examine. About half an hour
-# on two cores with nothing else running; the same seed, machine and torch give the same weights.
+# The nano model from nothing: generate data, train, pack to MXFP4, examine. About an hour and a
+# quarter on two cores with nothing else running; the same seed, machine and torch give the same
+# weights.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}

@@ -8,23 +8,14 @@ from gptoss import LLM
 from runs.nano import tasks, vocabulary
 from runs.nano.evaluate import solve
 
-# Exact answers that must not be undercut: the figures of the card less the noise of few problems.
-FLOORS = {
-    "add": 0.9,
-    "subtract": 0.75,
-    "compare": 0.2,
-    "sort": 0.35,
-    "reverse": 0.55,
-    "count": 0.65,
-    "talk": 0.85,
-    "tool": 0.6,
-}
+PROMISED = 0.95  # exact answers of each task, over all efforts
+FLOOR = 0.85  # the same of few problems, whose share is noise besides
 
 
 @pytest.fixture(scope="module")
 def llm():
     llm = LLM.load("nano")
-    tasks.STARTS[:] = vocabulary.starts(llm.tokenizer)
+    tasks.KNOWN[:] = vocabulary.known(llm.tokenizer)
     return llm
 
 
@@ -33,11 +24,21 @@ def exam(task, count, seed=1, effort=None):
     return [tasks.example(rng, task=task, effort=effort, exam=True) for _ in range(count)]
 
 
-@pytest.mark.parametrize("task", FLOORS)
+def wrong(llm, examples):
+    """The questions, with their tasks, that are not answered exactly."""
+    return [(e.task, e.prompt[-1].content) for e in examples if not solve(llm, e)[0]]
+
+
+@pytest.mark.parametrize("task", tasks.SHARES)
 def test_held_out_problems(llm, task):
-    results = {e.prompt[-1].content: solve(llm, e)[0] for e in exam(task, 24)}
-    wrong = [question for question, right in results.items() if not right]
-    assert 1 - len(wrong) / len(results) >= FLOORS[task], f"{task}: {wrong}"
+    assert len(missed := wrong(llm, exam(task, 24))) <= (1 - FLOOR) * 24, missed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", tasks.SHARES)
+def test_what_the_card_promises(llm, task):
+    examples = [e for effort in tasks.EFFORTS for e in exam(task, 100, effort=effort)]
+    assert len(missed := wrong(llm, examples)) <= (1 - PROMISED) * len(examples), missed
 
 
 QUESTIONS = ("What is 247 + 385?", "Reverse the word planet.", "Sort 7 3 9 1")
@@ -48,7 +49,7 @@ def test_effort_shows_in_the_length_of_the_analysis(llm, question):
     low, medium, high = (
         len(llm.chat(question, effort=effort, temperature=0.0).analysis) for effort in tasks.EFFORTS
     )
-    assert 0 < 1.3 * low < medium and 1.3 * medium < high, (low, medium, high)
+    assert 0 < 1.2 * low < medium and 1.2 * medium < high, (low, medium, high)
 
 
 def test_a_tool_is_called_and_its_answer_used(llm):

@@ -26,9 +26,11 @@ def solve(llm: LLM, example: tasks.Example) -> tuple[bool, int]:
         messages += reply.messages
         if not reply.tool_calls:
             return example.answer in reply.text and not calls, thought
+        if not calls:
+            return False, thought
         want = next(m for m in example.turn if m.recipient and m.role == "assistant")
         got = reply.tool_calls[0]
-        if not calls or (got.recipient, got.content) != (want.recipient, want.content):
+        if (got.recipient, got.content) != (want.recipient, want.content):
             return False, thought
         messages.append(calls.pop())
     return False, thought
@@ -36,7 +38,7 @@ def solve(llm: LLM, example: tasks.Example) -> tuple[bool, int]:
 
 def examine(llm: LLM, count: int, seed: int = 0) -> dict[str, dict[str, float]]:
     """{task: {effort: share right, "characters-effort": mean length of the analysis}}."""
-    tasks.STARTS[:] = vocabulary.starts(llm.tokenizer)
+    tasks.KNOWN[:] = vocabulary.known(llm.tokenizer)
     rng = random.Random(f"exam {seed}")
     marks: dict[str, dict[str, float]] = defaultdict(dict)
     for task in tasks.SHARES:

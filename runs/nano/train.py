@@ -27,13 +27,16 @@ from gptoss.text import harmony
 from gptoss.text.tokenizer import Tokenizer
 from runs.nano import tasks, vocabulary
 
-STAGES = (  # (until this step, shares of the tasks); afterwards ``tasks.SHARES``
+STAGES = (  # (until this step, shares of the tasks)
     (128, {"add": 1}),
     (480, {"reverse": 5, "count": 5, "add": 2}),
     (800, {"sort": 4, "tool": 3, "compare": 3, "subtract": 3, "reverse": 2, "count": 2, "add": 1}),
+    (4500, tasks.SHARES),
+    (7000, tasks.SHARES | {"add": 9, "subtract": 13, "reverse": 16, "count": 22}),
+    (1 << 30, tasks.SHARES | {"subtract": 18, "compare": 10, "reverse": 22, "count": 14}),
 )
-BARE = (1104, 1296)  # until the first step every conversation is bare, from the second hardly any
-RATE = ((0, 0.01), (100, 1.0), (1300, 1.0), (2000, 0.5025), (3300, 0.005))  # (step, fraction)
+BARE = (1104, 1296)  # until the first step every conversation is bare, from the second three in ten
+RATE = ((0, 0.01), (100, 1), (2000, 1), (4000, 0.4), (4500, 0.30125), (7000, 0.25), (9000, 0.003))
 IGNORE = -100  # cross-entropy's label for "not learned from"
 
 
@@ -62,8 +65,8 @@ def batches(tokenizer: Tokenizer, size: int, seed: int) -> Iterator[tuple[Tensor
     """
     rng = random.Random(seed)
     for step in itertools.count(0, 16):
-        shares = next((shares for end, shares in STAGES if step < end), tasks.SHARES)
-        bare = max(0.05, min(1.0, (BARE[1] - step) / (BARE[1] - BARE[0])))
+        shares = next(shares for end, shares in STAGES if step < end)
+        bare = max(0.3, min(1.0, (BARE[1] - step) / (BARE[1] - BARE[0])))
         drawn = (
             tasks.example(
                 rng,
@@ -184,7 +187,7 @@ def main() -> None:
     """Train, or continue."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3300)
+    parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--batch", type=int, default=32, help="conversations a step")
     parser.add_argument("--muon", type=float, default=0.015, help="peak learning rate of matrices")
     parser.add_argument("--adam", type=float, default=3e-3, help="peak learning rate of the rest")
@@ -197,7 +200,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     tokenizer = vocabulary.build(seed=args.seed)
-    tasks.STARTS[:] = vocabulary.starts(tokenizer)
+    tasks.KNOWN[:] = vocabulary.known(tokenizer)
     tokenizer.save(args.out / "tokenizer.json")
     torch.manual_seed(args.seed)
     model = Transformer(nano())
