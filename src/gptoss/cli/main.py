@@ -12,7 +12,7 @@ from gptoss import __version__
 from gptoss.cli.arguments import WrongCommandLine, columns, explained, parse
 from gptoss.cli.endings import guarded
 
-COMMANDS = ("generate", "chat", "inspect", "convert", "synthesize", "models", "bench")
+COMMANDS = ("generate", "chat", "inspect", "convert", "synthesize", "models", "bench", "serve")
 
 
 def command(name: str) -> Callable[..., None]:
@@ -46,6 +46,10 @@ def command(name: str) -> Callable[..., None]:
             from gptoss.cli import bench
 
             return bench.run
+        case "serve":
+            from gptoss.cli import serve
+
+            return serve.run
     near = [known for known in COMMANDS if known.startswith(name[:1])]
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise WrongCommandLine(f"there is no command {name!r}{hint}")

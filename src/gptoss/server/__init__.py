@@ -1,1 +1,1 @@
-"""The model over HTTP, as clients of OpenAI's API know it. Needs ``pip install 'gptoss[serve]'``."""
+"""The model over HTTP, as OpenAI's API has it. Needs ``pip install 'gptoss[serve]'``."""

@@ -3,11 +3,12 @@
 {"error": {"message": "...", "type": "invalid_request_error", "param": "messages", "code": null}}
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from gptoss.errors import ContextExceeded, GptOssError, GrammarError, Overloaded
+from gptoss.errors import ContextExceeded, GrammarError, Overloaded
 
 RETRY = {"retry-after": "1"}  # seconds
 
@@ -60,7 +61,10 @@ def failed() -> ApiError:
 
 @contextmanager
 def refusing(param: str | None = None) -> Iterator[None]:
-    """What the library refuses of a request becomes an ``ApiError``."""
+    """What the library refuses of a request becomes an ``ApiError``.
+
+    It names the field that the library's sentence begins with, else ``param``.
+    """
     try:
         yield
     except Overloaded as error:
@@ -69,7 +73,7 @@ def refusing(param: str | None = None) -> Iterator[None]:
         code = "context_length_exceeded"
         raise ApiError(400, str(error), param=param or "messages", code=code) from None
     except (ValueError, GrammarError) as error:
-        raise refused(str(error), param or _field(str(error))) from None
+        raise refused(str(error), _field(str(error)) or param) from None
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -83,17 +87,5 @@ def as_api_error(error: Exception) -> ApiError:
 
 def _field(message: str) -> str | None:
     """The library's sentences begin with the field: "top_p must be ...", "tools: ..."."""
-    word = message.split(" ", 1)[0]
-    return word.rstrip(":") if word.endswith(":") or "_" in word else None
-
-
-__all__ = [
-    "ApiError",
-    "GptOssError",
-    "as_api_error",
-    "failed",
-    "overloaded",
-    "refused",
-    "refusing",
-    "unavailable",
-]
+    found = re.match(r"(\w+)(?::| must be)", message)
+    return found[1] if found else None

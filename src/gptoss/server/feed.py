@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gptoss.backends.protocol import Sampling
@@ -74,7 +74,7 @@ class Feed:
         with refusing():
             self.stream = served.worker.submit(request, self._listen)
 
-    async def __aiter__(self) -> AsyncIterator[Drawn]:
+    async def __aiter__(self) -> AsyncGenerator[Drawn, None]:
         """Raises the request's error, and ApiError if somebody else cancelled it."""
         while (drawn := await self._arrived.get()) is not None:
             self.meter.token()

@@ -87,6 +87,8 @@ class _Engine:
         now = self.worker.stats
         yield _gauge("num_requests_running", "sequences that run", now.running)
         yield _gauge("num_requests_waiting", "sequences that wait", now.waiting)
+        full = min(1.0, (now.held + now.remembered_tokens) / self.room)  # shared ones count twice
+        yield _gauge("kv_cache_usage_perc", "of the cache's tokens, 1 is all", full)
         yield _gauge("prefix_cache_entries", "prefixes remembered", now.remembered)
         yield _count("prompt_tokens", "tokens of prompts", now.prompt)
         yield _count("generation_tokens", "tokens drawn", now.completion)

@@ -47,7 +47,6 @@ class Served:
     tokenizer: Tokenizer
     worker: Worker
     context: int  # most tokens of prompt and answer together
-    vocab_size: int  # ids from here on are never drawn
     aliases: frozenset[str] = frozenset()  # other ids that clients may ask for
     timeout: float | None = None  # seconds that one request may take
     metrics: Metrics = field(default_factory=Metrics)

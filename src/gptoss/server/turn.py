@@ -10,7 +10,7 @@ Every API that speaks in messages is built on this:
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Self
 
@@ -22,7 +22,7 @@ from gptoss.server.served import Served
 from gptoss.server.stops import Carried, StopStrings
 from gptoss.text import harmony
 from gptoss.text.messages import Developer, Message, System, Tool
-from gptoss.text.parser import Delta, MessageEnd, Parser
+from gptoss.text.parser import Delta, MessageEnd, Parser, Repair
 from gptoss.text.parser import Event as Parsed
 
 Reason = Literal["stop", "length", "tool_calls", "deadline"]
@@ -85,8 +85,9 @@ class Usage:
 async def begin(served: Served, ask: Ask) -> "Turn":
     """Queue the turn. Raises ApiError: what is asked cannot be, or too many wait."""
     loop = asyncio.get_running_loop()
-    with refusing():
+    with refusing("tools" if ask.format is None else "response_format"):
         constraint = await loop.run_in_executor(served.compiling, _constraint, served, ask)
+    with refusing():
         request = await asyncio.to_thread(_request, served, ask, constraint)
     return Turn(served, ask, Feed(served, request))
 
@@ -144,9 +145,9 @@ class Turn:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._feed.cancel()
+        self.cancel()
 
-    async def __aiter__(self) -> AsyncIterator[Event]:
+    async def __aiter__(self) -> AsyncGenerator[Event, None]:
         """Raises ApiError, or what the engine raised."""
         open_ = len(self._readers)
         async for drawn in self._feed:
@@ -159,6 +160,10 @@ class Turn:
         for reader, answer in zip(self._readers, self._feed.stream.answers, strict=True):
             for event in reader.end("deadline" if answer.finish == "deadline" else "length"):
                 yield event
+
+    def cancel(self) -> None:
+        """Free the slot; nothing happens if the turn is over."""
+        self._feed.cancel()
 
     @property
     def usage(self) -> Usage:
@@ -187,7 +192,8 @@ class Reader:
         self._stops = ask.settings.stop
         self._watch = StopStrings(self._stops)
         self._carried: list[Drawn] = []  # read, and their text not told yet
-        self._said: list[str] = []  # of the message that is open
+        self._open = -1  # the message whose text came last
+        self._said: list[str] = []  # what came of it
         self._calls: dict[int, str] = {}
 
     def take(self, drawn: Drawn) -> list[Event]:
@@ -209,8 +215,17 @@ class Reader:
         """No token follows, for this reason."""
         if self.reason is not None:
             return []
-        events = self._read(self._parser.finish())
+        parsed = self._parser.finish()
+        if reason != "stop":
+            parsed = [event for event in parsed if not self._cut(event, parsed)]
+        events = self._read(parsed)
         return events if self.reason is not None else [*events, self._end(reason)]
+
+    def _cut(self, event: Parsed, parsed: list[Parsed]) -> bool:
+        """Whether it is of a message whose header was cut: "<|channel|>ana" says nothing."""
+        ends = (e for e in parsed if isinstance(e, MessageEnd))
+        broken = {e.message_index for e in ends if Repair.NO_MESSAGE in e.message.repairs}
+        return event.message_index in broken and event.message_index != self._open
 
     def _read(self, parsed: list[Parsed]) -> list[Event]:
         events: list[Event] = []
@@ -242,6 +257,7 @@ class Reader:
     def _piece(self, delta: Delta, text: str, drawn: Carried) -> list[Event]:
         if not text and not drawn:
             return []
+        self._open = delta.message_index
         self._said.append(text)
         call = self._call(delta.message_index, delta.recipient)
         return [

@@ -1,0 +1,160 @@
+"""What every request passes before it is looked at: its name, its key, its size; and its line in
+the log."""
+
+import asyncio
+import re
+import secrets
+import time
+from typing import Any
+
+from fastapi import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gptoss.server.errors import ApiError, failed, overloaded, unavailable
+from gptoss.server.keys import Keys
+from gptoss.server.logs import failure, note
+from gptoss.server.metrics import Metrics
+from gptoss.server.sse import error_response
+
+OPEN = ("/health", "/ready")  # need no key, and are answered whatever is going on
+LARGEST = 8 << 20  # bytes of a body; 131,072 tokens take about 1 MiB
+SLOWEST = 30.0  # seconds for a body to arrive
+MOST = 512  # requests at once
+ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+FIELD = re.compile(r"\w{1,40}", re.ASCII)
+
+
+def tell(request: Request, **fields: Any) -> None:
+    """Add to the request's line in the log: counts and reasons, never what was said."""
+    request.state.told.update(fields)
+
+
+class Gate:
+    """Around the application. Answers in its place where a request may not pass."""
+
+    def __init__(self, app: ASGIApp, *, keys: Keys, metrics: Metrics) -> None:
+        self.app, self.keys, self.metrics = app, keys, metrics
+        self.draining = False  # set when the server is to stop
+        self.inside = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI wants it."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        passage = Passage(scope, send)
+        self.inside += 1
+        try:
+            self._admit(scope)
+            body = await _body(scope, receive)
+            await self.app(scope, _replay(body, receive), passage.send)
+        except ApiError as error:
+            await passage.refuse(error, receive)
+        except Exception as error:
+            failure(error, passage.id)
+            await passage.refuse(failed(), receive)
+        finally:
+            self.inside -= 1
+            self.metrics.answered.labels(str(passage.status or "none")).inc()
+            passage.log()
+
+    def _admit(self, scope: Scope) -> None:
+        if scope["path"] in OPEN:
+            return
+        if self.inside > MOST:
+            raise overloaded(f"{MOST} requests are here already; try again later")
+        if not self.keys.fit(_header(scope, b"authorization")):
+            raise ApiError(
+                401,
+                "this server asks for its key: Authorization: Bearer KEY",
+                type="authentication_error",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+        if self.draining:
+            raise unavailable()
+
+
+class Passage:
+    """One request on its way through."""
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        given = (_header(scope, b"x-request-id") or b"").decode("latin-1")
+        self.id = given if ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+        self.status = 0  # of the response; 0: none yet
+        self._scope, self._send, self._begun = scope, send, time.monotonic()
+        self.told: dict[str, Any] = {}
+        scope.setdefault("state", {}).update(id=self.id, told=self.told)
+
+    async def send(self, message: Message) -> None:
+        """To the client, with the request's id."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = [*message["headers"], (b"x-request-id", self.id.encode())]
+            if ignored := self._ignored():
+                headers.append((b"x-gptoss-ignored", ignored.encode()))
+            message = {**message, "headers": headers}
+        await self._send(message)
+
+    async def refuse(self, error: ApiError, receive: Receive) -> None:
+        """Answer with an error, if no answer has begun."""
+        if not self.status:
+            await error_response(error)(self._scope, receive, self.send)
+
+    def log(self) -> None:
+        """Its line."""
+        told = self.told | {"ignored": self._ignored()}
+        line = {
+            "id": self.id,
+            "method": self._scope["method"],
+            "path": self._scope["path"][:200],
+            "status": self.status,
+            "seconds": round(time.monotonic() - self._begun, 4),
+        }
+        note("request", line | {k: v for k, v in told.items() if v})
+
+    def _ignored(self) -> str:
+        names = [n for n in self.told.get("ignored", ()) if FIELD.fullmatch(n)]
+        return ",".join(names[:16])
+
+
+async def _body(scope: Scope, receive: Receive) -> bytes:
+    """All of it. Raises ApiError: too large, or too slow."""
+    said = _header(scope, b"content-length") or b""
+    if said.isdigit() and int(said[:20]) > LARGEST:
+        raise _too_large()
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(SLOWEST):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ApiError(400, "the client hung up")
+                chunks.append(message.get("body", b""))
+                size += len(chunks[-1])
+                if size > LARGEST:
+                    raise _too_large()
+                if not message.get("more_body"):
+                    return b"".join(chunks)
+    except TimeoutError:
+        raise ApiError(408, f"the body did not arrive within {SLOWEST:.0f} seconds") from None
+
+
+def _too_large() -> ApiError:
+    return ApiError(413, f"the body is larger than {LARGEST >> 20} MiB", code="request_too_large")
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """The body once, then what else the client does."""
+    unread = [body]
+
+    async def inner() -> Message:
+        if unread:
+            return {"type": "http.request", "body": unread.pop(), "more_body": False}
+        return await receive()
+
+    return inner
+
+
+def _header(scope: Scope, name: bytes) -> bytes | None:
+    return next((value for key, value in scope["headers"] if key == name), None)

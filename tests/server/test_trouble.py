@@ -1,0 +1,220 @@
+"""Whatever arrives, the answer is a precise error in one form, and the next request is served."""
+
+import json
+import socket
+
+import pytest
+
+from tests.server.conftest import QUESTION, WEATHER
+
+CHAT = "/v1/chat/completions"
+IMAGE = {"type": "image_url", "image_url": {"url": "http://127.0.0.1/x.png"}}
+
+
+def tool(**more):
+    return {"type": "function", "function": WEATHER["function"] | more}
+
+
+def deep(levels):
+    inner = {}
+    for _ in range(levels):
+        inner = {"items": inner}
+    return inner
+
+
+@pytest.fixture(autouse=True)
+def unharmed(server):
+    yield
+    assert server.chat(max_tokens=1).status_code == 200
+    assert server.idle()
+
+
+def refused(response, status=400):
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"] and len(error["message"]) <= 500
+    assert "/src/" not in error["message"] and "0x" not in error["message"]
+    return error
+
+
+@pytest.mark.parametrize(
+    "more, param",
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "king", "content": "x"}]}, "messages[0]"),
+        ({"messages": [{"role": "function", "name": "f", "content": "x"}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages[0].content[0].type"),
+        ({"messages": [{"role": "user", "content": "x", "name": "a b"}]}, "messages[0].name"),
+        (
+            {"messages": [{"role": "user", "content": "x", "name": "a\n<|end|>"}]},
+            "messages[0].name",
+        ),
+        (
+            {"messages": [{"role": "tool", "content": "x", "tool_call_id": "nix"}]},
+            "messages[0].tool_call_id",
+        ),
+        ({"tools": [tool(name="a b")]}, "tools[0].function.name"),
+        ({"tools": [tool(name="x" * 65)]}, "tools[0].function.name"),
+        ({"tools": [tool(), tool()]}, "tools"),
+        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].type"),
+        ({"tools": [tool(parameters=deep(100))]}, "tools[0].function.parameters"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        (
+            {"tool_choice": {"type": "function", "function": {"name": "nix"}}, "tools": [tool()]},
+            "tool_choice",
+        ),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"n": 0}, "n"),
+        ({"n": 10**6}, "n"),
+        ({"n": True}, "n"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 10**30}, "max_tokens"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"logit_bias": {"x": 1}}, None),
+        ({"logit_bias": {"99999999": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, None),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"reasoning_effort": "extreme"}, "reasoning_effort"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"type": "nix"}},
+                }
+            },
+            None,
+        ),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": deep(500)},
+                }
+            },
+            None,
+        ),
+        ({"functions": [{"name": "x"}]}, "functions"),
+        ({"guided_json": {}} | {"guided_regex": "a*"}, "guided_regex"),
+        ({"modalities": ["audio"]}, "modalities[0]"),
+        ({"stream": "yes"}, "stream"),
+    ],
+)
+def test_a_request_that_cannot_be_names_its_field(server, more, param):
+    error = refused(server.chat(**({"messages": QUESTION} | more)))
+    if param is not None:
+        assert error["param"] == param, error
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b'"text"',
+        b"\xff\xfe",
+        b'{"messages": [{"role": "user", "content": "\xff"}]}',
+        b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
+        b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+        b'{"messages": [{"role": "user", "content": "x"}], "seed": 1' + b"0" * 5000 + b"}",
+    ],
+)
+def test_a_body_that_is_no_request(server, body):
+    with server.client() as client:
+        refused(client.post(CHAT, content=body, headers={"content-type": "application/json"}))
+
+
+def test_half_a_surrogate_is_text(server):
+    """UTF-8 cannot express it; the tokenizer makes it U+FFFD."""
+    body = b'{"messages": [{"role": "user", "content": "a \\ud800 b"}], "max_tokens": 2, "n": 2}'
+    with server.client() as client:
+        headers = {"content-type": "application/json"}
+        assert client.post(CHAT, content=body, headers=headers).status_code == 200
+        refused(
+            client.post(
+                CHAT,
+                content=body.replace(b"a ", b"").replace(b'"n": 2', b'"n": "\\ud800"'),
+                headers=headers,
+            )
+        )
+
+
+def test_a_body_must_say_that_it_is_json(server):
+    """A web page cannot send that without being allowed to."""
+    with server.client() as client:
+        body = json.dumps({"messages": QUESTION})
+        error = refused(client.post(CHAT, content=body, headers={"content-type": "text/plain"}))
+        assert "content-type" in error["message"]
+
+
+def test_a_huge_body_is_not_read(server):
+    with server.client() as client:
+        refused(client.post(CHAT, content=b" " * (9 << 20)), 413)
+
+        def dripping():
+            for _ in range(9):
+                yield b" " * (1 << 20)
+
+        refused(client.post(CHAT, content=dripping()), 413)
+
+
+def test_a_prompt_longer_than_the_room(server):
+    error = refused(server.chat([{"role": "user", "content": "word " * 5000}]))
+    assert error["code"] == "context_length_exceeded"
+
+
+def test_paths_and_methods(server):
+    with server.client() as client:
+        refused(client.get("/nix"), 404)
+        refused(client.get("/v1/models/nix"), 404)
+        refused(client.delete("/v1/models"), 405)
+        assert client.get(CHAT).headers["allow"] == "POST"
+        error = refused(server.chat(model="gpt-5"), 404)
+        assert error["code"] == "model_not_found" and "org/nano" in error["message"]
+
+
+def test_what_is_ignored_is_named(server):
+    response = server.chat(max_tokens=1, temprature=1, store=True, chat_template_kwargs=None)
+    assert response.status_code == 200
+    assert response.headers["x-gptoss-ignored"] == "temprature,store,chat_template_kwargs"
+
+
+def test_header_lines_without_end(server):
+    host, port = server.base.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as raw:
+        raw.sendall(b"GET / HTTP/1.1\r\n" + b"x: " + b"y" * (64 << 10))
+        assert b"400" in raw.recv(100)
+
+
+def test_slow_headers_are_hung_up_on(server, monkeypatch):
+    from gptoss.server import run
+
+    monkeypatch.setattr(run, "HEADERS_WITHIN", 0.2)
+    host, port = server.base.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as raw:
+        raw.sendall(b"GET / HTTP/1.1\r\n")
+        assert raw.recv(100) == b""
+
+
+def test_slow_bodies_are_told_so(server, monkeypatch):
+    from gptoss.server import gate
+
+    monkeypatch.setattr(gate, "SLOWEST", 0.2)
+    host, port = server.base.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as raw:
+        raw.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            b"content-length: 10\r\n\r\n{"
+        )
+        assert b" 408 " in raw.recv(100)
