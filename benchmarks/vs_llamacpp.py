@@ -61,7 +61,8 @@ def main() -> None:
     model, vocabulary = named(args.model)
     contenders = LLAMA | (TORCH if args.torch else OURS)
     if args.only:
-        contenders = {n: c for n, c in contenders.items() if any(o in n for o in args.only)}
+        names = [n for o in args.only for n in contenders if (n == o if o in contenders else o in n)]
+        contenders = {n: c for n, c in contenders.items() if n in names}
     kinds = dict.fromkeys(c["dense"] for c in contenders.values() if "dense" in c)
     python = built(args.venv or args.scratch / "venv") if kinds else Path(sys.executable)
     files = {dense: converted(model, dense, args.scratch) for dense in kinds}
@@ -257,7 +258,8 @@ def ours(job: Job) -> tuple[Feed, dict[str, Any]]:
         importlib.import_module("torch").set_num_threads(job["threads"])
     model = TokenGenerator(job["model"], max_tokens=job["room"], force=True, **options)
     backend, step = model.engine.backend, model.engine.step_tokens
-    cache, slot = model.engine.cache, model.engine.slot
+    cache = backend.new_cache(max_tokens=job["room"])
+    slot = cache.open()
 
     def feed(tokens: Sequence[int], past: int) -> None:
         if past == 0:
