@@ -41,6 +41,9 @@ def run(
     grace: Annotated[
         float, Option(min=0.0, help="seconds in which requests may finish at the end")
     ] = 30.0,
+    store: Annotated[
+        Path | None, Option(help="file for responses", default="memory, the newest only")
+    ] = None,
     *,
     loading: options.Loading,
 ) -> None:
@@ -48,11 +51,13 @@ def run(
     try:
         from gptoss.server.logs import set_up
         from gptoss.server.run import Server, serve_model, take_port, url
+        from gptoss.server.store import Store
     except ImportError as error:
         raise GptOssError(
             f"serving needs {error.name}: install it with `pip install 'gptoss[serve]'`"
         ) from None
     taken = take_port(host, port)
+    kept = Store(store)
     if host not in LOCAL and not api_key:
         print("gptoss: anybody who can reach this port may use it: no --api-key", file=sys.stderr)
     served = serve_model(
@@ -64,6 +69,7 @@ def run(
         keys=api_key or [],
         origins=cors or [],
         grace=grace,
+        store=kept,
         ready=lambda: print(url(taken), flush=True),
     )
     server.run([taken])

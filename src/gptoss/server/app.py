@@ -13,23 +13,34 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from gptoss.server import chat, completions, models, tokens
+from gptoss.server import chat, completions, models, responses, tokens
 from gptoss.server.errors import ApiError, as_api_error, refused
 from gptoss.server.gate import OPEN, Gate
 from gptoss.server.keys import Keys
+from gptoss.server.responses_desk import Desk
 from gptoss.server.served import Served
 from gptoss.server.sse import Json, error_response
+from gptoss.server.store import Store
 
 LONGEST = 400  # characters of a message: what a client wrote is not repeated at length
 FIELD = re.compile(r"[a-z_0-9]{1,40}")
 TAGS = ("system", "developer", "user", "assistant", "tool", "text", "texts", "tokens", "batches")
-ROUTERS = (chat.router, completions.router, tokens.router, models.router)
+ROUTERS = (
+    chat.router,
+    responses.router,
+    completions.router,
+    tokens.router,
+    models.router,
+)
 
 
-def application(served: Served) -> FastAPI:
+def application(served: Served, store: Store | None = None) -> FastAPI:
     """The routes over a model, nothing around them."""
-    app = FastAPI(title="gptoss", docs_url=None, redoc_url=None, default_response_class=Json)
+    app = FastAPI(
+        docs_url=None, redoc_url=None, redirect_slashes=False, default_response_class=Json
+    )
     app.state.served = served
+    app.state.desk = Desk(served, Store() if store is None else store)
     for router in ROUTERS:
         app.include_router(router)
     app.add_exception_handler(ApiError, _on_error)

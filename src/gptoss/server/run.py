@@ -14,6 +14,7 @@ from gptoss.llm import LLM
 from gptoss.server.app import application, guarded
 from gptoss.server.logs import note
 from gptoss.server.served import Served
+from gptoss.server.store import Store
 
 HEADERS_WITHIN = 20.0  # seconds that a client may take to say what it wants
 MOST_CONNECTIONS = 2048
@@ -73,13 +74,15 @@ class Server(uvicorn.Server):
         keys: Sequence[str] = (),
         origins: Sequence[str] = (),
         grace: float = 30.0,
+        store: Store | None = None,
         ready: Callable[[], None] = lambda: None,
     ) -> None:
-        """``ready`` is called when requests are taken."""
-        app = application(served)
+        """``ready`` is called when requests are taken; ``store`` is closed at the end."""
+        app = application(served, store)
         around, self.gate = guarded(app, served, keys=keys, origins=origins)
         app.state.gate = self.gate
         self.served, self.grace, self.ready = served, grace, ready
+        self.desk = app.state.desk
         super().__init__(
             uvicorn.Config(
                 around,
@@ -112,6 +115,7 @@ class Server(uvicorn.Server):
         if self.force_exit:
             await asyncio.to_thread(worker.stop, 0.0)
         await stopping
+        await self.desk.close()
         self.served.compiling.shutdown(wait=False, cancel_futures=True)
         note("stopped", {})
 
