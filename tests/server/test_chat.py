@@ -206,6 +206,12 @@ def test_an_answer_that_is_cut_says_so(server):
     assert choice["message"]["content"] is None and choice["message"]["reasoning"]
 
 
+def test_ignoring_the_end_fills_the_answer(server):
+    said = server.chat(ignore_eos=True, max_tokens=150).json()
+    assert said["usage"]["completion_tokens"] == 150
+    assert said["choices"][0]["finish_reason"] == "length"
+
+
 def test_a_stop_string_ends_the_answer_before_itself(server):
     full = server.chat().json()["choices"][0]["message"]["content"]
     stop = full[2:5]  # crosses tokens: digits are tokens of their own

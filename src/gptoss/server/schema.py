@@ -4,7 +4,7 @@ Fields that would change the answer and are not supported are refused. Those tha
 it, and those nobody knows, are ignored; the log and the header ``x-gptoss-ignored`` name them.
 """
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -63,8 +63,6 @@ class Body(BaseModel):
 
 class Drawn(Body):
     """How to draw, in OpenAI's words and those that vLLM added."""
-
-    greatest: ClassVar[int] = MOST_ROWS
 
     model: Annotated[str, Field(max_length=512)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None

@@ -17,6 +17,10 @@ SILENCE = 15.0  # seconds after which a comment keeps proxies from giving up
 DONE = b"data: [DONE]\n\n"
 
 
+class Unread(Exception):
+    """The client has not read for too long."""
+
+
 def event(data: Any, name: str | None = None) -> bytes:
     """One event. All characters beyond ASCII are escaped: some clients take others for newlines."""
     line = json.dumps(data, separators=(",", ":"), allow_nan=False)
@@ -109,8 +113,8 @@ class EventStream(Response):
             try:
                 async for data in events:
                     await _send(send, data)
-            except TimeoutError:
-                return  # nobody reads; uvicorn closes what was not completed
+            except Unread:
+                return  # uvicorn hangs up where a response was not completed
             except Exception as error:
                 await _send(send, event(_told(error, scope).body))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -136,8 +140,11 @@ class EventStream(Response):
 
 async def _send(send: Send, data: bytes) -> None:
     message: Message = {"type": "http.response.body", "body": data, "more_body": True}
-    async with asyncio.timeout(PATIENCE):
-        await send(message)
+    try:
+        async with asyncio.timeout(PATIENCE):
+            await send(message)
+    except TimeoutError:
+        raise Unread from None
 
 
 async def _gone(receive: Receive) -> None:

@@ -61,11 +61,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeAnswer:
     if (body.prompt is None) == (body.messages is None):
         raise refused("either prompt or messages must be given", "prompt")
     with refusing():
-        tokens = await asyncio.to_thread(_tokens, served, body)
-    names = [served.tokenizer.decode([t]) for t in tokens] if body.return_token_strs else None
-    return TokenizeAnswer(
-        count=len(tokens), max_model_len=served.context, tokens=tokens, token_strs=names
-    )
+        return await asyncio.to_thread(_tokenized, served, body)
 
 
 @router.post("/detokenize")
@@ -74,7 +70,7 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeAns
     served: Served = request.app.state.served
     check_model(body.model, served)
     tell(request, ignored=body.unknown())
-    return DetokenizeAnswer(prompt=served.tokenizer.decode(body.tokens))
+    return DetokenizeAnswer(prompt=await asyncio.to_thread(served.tokenizer.decode, body.tokens))
 
 
 @router.get("/tokenizer_info")
@@ -92,6 +88,14 @@ async def tokenizer_info(request: Request) -> dict[str, Any]:
         "special_tokens": served.tokenizer.specials,
         "chat_template": None,
     }
+
+
+def _tokenized(served: Served, body: TokenizeRequest) -> TokenizeAnswer:
+    tokens = _tokens(served, body)
+    names = [served.tokenizer.decode([t]) for t in tokens] if body.return_token_strs else None
+    return TokenizeAnswer(
+        count=len(tokens), max_model_len=served.context, tokens=tokens, token_strs=names
+    )
 
 
 def _tokens(served: Served, body: TokenizeRequest) -> list[int]:

@@ -188,6 +188,8 @@ class Reader:
         self.messages: list[Message] = []
         self.tokens = self.reasoning = 0
         self.reason: Reason | None = None  # why it is over
+        ignored = ask.settings.ignore_eos
+        self._final = frozenset[int]() if ignored else served.tokenizer.stop_tokens
         self._parser = Parser(served.tokenizer, tools=tools)
         self._stops = ask.settings.stop
         self._watch = StopStrings(self._stops)
@@ -207,7 +209,7 @@ class Reader:
         events = self._read(self._parser.push(drawn.token))
         if special:
             self._carried.clear()  # a header's words, told by what they make of the message
-        if self.reason is None and drawn.token in self._served.tokenizer.stop_tokens:
+        if self.reason is None and drawn.token in self._final:
             events += self.end("stop")
         return events
 
