@@ -1,7 +1,9 @@
 """llama.cpp's names for gpt-oss: the tensors and the keys of a GGUF of architecture ``gpt-oss``.
 
 Gate and up are two tensors, queries, keys and values three. Matrices are bfloat16 or Q8_0, experts
-MXFP4; vectors and the router are float32, which is all that llama.cpp reads there.
+MXFP4; vectors and the router are float32, which is all that llama.cpp reads there. It joins tokens
+by merges alone: a word that is one token and no merge makes, as in the packaged model's vocabulary,
+it spells letter by letter. o200k has none.
 """
 
 import json
