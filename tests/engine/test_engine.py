@@ -26,6 +26,15 @@ RULES = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def guessing():
+    """Guesses after two tokens and in any crowd: here they matter, not whether they pay."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gptoss.engine.speculate.GRAM", 2)
+        patch.setattr("gptoss.engine.scheduler.CROWD", 99)
+        yield
+
+
 class Even:
     """A constraint: the parity of tokens alternates, and ``forced`` names what has no choice."""
 
@@ -186,7 +195,8 @@ def test_batching_never_changes_the_answer(room, squeeze, seed):
     for request, stream in zip(asked, streams, strict=True):
         assert answers(stream) == alone(request, room, vocab_size=12), request
     stats = engine.stats
-    assert stats.reused > 0 and stats.drafted >= stats.accepted
+    assert stats.reused > 0
+    assert stats.drafted > stats.accepted > 0 or squeeze.get("step_tokens") == 7  # no room for any
     assert not slots_in_use(engine)
     if "max_tokens" in squeeze:
         assert stats.preempted > 0

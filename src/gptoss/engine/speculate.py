@@ -6,7 +6,7 @@ guessing changes how many tokens a step yields and never which.
 
 from collections.abc import Sequence
 
-GRAM = 3  # tokens that must have come before
+GRAM = 5  # tokens that must have come before; after three, most guesses of the nano model fail
 MOST = 8  # tokens guessed at once
 CROWD = 4  # with more sequences in a step the arithmetic, not the weights' way, is what costs
 
