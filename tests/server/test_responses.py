@@ -10,7 +10,9 @@ import pytest
 from openai.types.responses import Response
 from pydantic import BaseModel
 
+from gptoss.server.responses_items import Reader, function_call, message, output_text, reasoning
 from gptoss.server.served import Thoughts
+from gptoss.text.messages import Message
 from tests.server.conftest import ASKING, QUESTION, WEATHER
 from tests.server.test_responses_stream import ask, get, said
 
@@ -212,6 +214,34 @@ def test_text_beside_a_call_is_no_final_answer(server, prompts):
     assert "<|channel|>commentary<|message|>One moment.<|end|>" in prompts[0]
     assert "<|channel|>commentary<|message|>Again.<|end|>" in prompts[0]
     assert "<|channel|>analysis<|message|>needed<|end|>" in prompts[0]
+
+
+def test_thoughts_are_put_back_before_their_own_call():
+    thoughts = Thoughts()
+    thoughts.keep("c2", [Message(role="assistant", channel="analysis", content="B")])
+    reader = Reader(thoughts)
+    calls = [function_call(f"fc_{c}", c, "f", "{}", "completed") for c in ("c1", "c2")]
+    results = [{"type": "function_call_output", "call_id": c, "output": c} for c in ("c1", "c2")]
+    earlier = {"type": "message", "role": "assistant", "content": [output_text("Earlier.")]}
+    for item in (
+        message("user", "Well?"),
+        earlier,
+        message("user", "And?"),
+        reasoning("rs_1", "A", "completed"),
+        *(x for pair in zip(calls, results, strict=True) for x in pair),
+    ):
+        reader.read(item)
+    assert [(m.channel, m.content) for m in reader.messages] == [
+        (None, "Well?"),
+        ("final", "Earlier."),  # nobody called anything beside it
+        (None, "And?"),
+        ("analysis", "A"),
+        ("commentary", "{}"),
+        ("commentary", "c1"),
+        ("analysis", "B"),
+        ("commentary", "{}"),
+        ("commentary", "c2"),
+    ]
 
 
 def test_a_conversation_by_ids(client, prompts):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import httpx2
 import pytest
 
-from tests.server.conftest import ASKING, QUESTION, WEATHER
+from tests.server.conftest import ASKING, QUESTION, WEATHER, running
 
 TOOL = {"type": "function", **WEATHER["function"]}
 LAST = {"response.completed", "response.incomplete", "response.failed"}
@@ -272,3 +272,13 @@ def test_deleting_stops_what_runs(server):
         assert client.delete(f"/v1/responses/{id}").json()["deleted"] is True
         assert server.idle(1)
         assert client.get(f"/v1/responses/{id}").status_code == 404
+
+
+def test_what_takes_longer_than_a_request_may_has_failed_and_keeps_what_it_has():
+    with running(timeout=0.15) as up:
+        whole = ask(up, **LONG).json()
+        last = grammar(parse(ask(up, stream=True, **LONG).text))
+    for response in (whole, last):
+        assert response["status"] == "failed" and "longer" in response["error"]["message"]
+        assert response["incomplete_details"] is None and response["completed_at"] is None
+        assert 0 < response["usage"]["output_tokens"] < 1500
