@@ -88,6 +88,7 @@ void bind_ops(nb::module_& m) {
         .def("use_bytes",
              [](OwnedWeight& self, int planes) {
                  require(planes == 1 || planes == 2, "activations have one byte or two");
+                 require(!self.tiles.codes, "this weight has been rounded to bytes already");
                  {
                      Turn turn;
                      use_bytes(self, planes);

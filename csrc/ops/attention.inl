@@ -322,7 +322,7 @@ static inline void append_to(const Attention& a, const Row& row, int head, i64 f
         if constexpr (sizeof(T) == 1) {
             float* scales = (float*)((T*)row.pages[at / PAGE] + head * a.head_size() + a.numbers()) + at % PAGE;
             scales[0] = scale_of(k, d), scales[PAGE] = scale_of(v, d);
-            by_k = scales[0] > 0 ? 1 / scales[0] : 0, by_v = scales[PAGE] > 0 ? 1 / scales[PAGE] : 0;
+            by_k = scales[0] > FAINT ? 1 / scales[0] : 0, by_v = scales[PAGE] > FAINT ? 1 / scales[PAGE] : 0;
         }
         for (i64 c = 0; c < d; c += 16) {
             T some[16];

@@ -130,6 +130,7 @@ void use_bytes(Weight& w, int planes) {
     const i64 blocks = m.blocks(), tiles = (m.rows + 15) / 16;
     w.planes = planes;
     if (m.format == Format::mxfp4) {
+        if (planes != 1) return;
         std::atomic<bool> powers{true};
         pool().run(tiles, [&](i64 t, int) {
             const std::uint8_t* e = m.scales + t * 16 * blocks;

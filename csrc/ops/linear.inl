@@ -471,7 +471,7 @@ static void round_rows(const Matrix& w, i64 row, std::uint8_t* codes, std::uint1
             __builtin_memcpy(&up, &top, 4);
             up = (up + 0xffffu) & 0xffff0000u;
             __builtin_memcpy(&top, &up, 4);
-            const float inverse = top > 0.f ? 1.f / top : 0.f;
+            const float inverse = top > FAINT ? 1.f / top : 0.f;
             std::int8_t q[32];
             store_bytes(q, codes_of(even, inverse, 127.f));
             store_bytes(q + 16, codes_of(odd, inverse, 127.f));
@@ -513,7 +513,7 @@ static bool round_row(const float* x, i64 columns, const Bytes& out, i64 i) {
                 split_floats(some, even, odd);
             }
             const float top = most(max(magnitude(even), magnitude(odd)));
-            const float inverse = top > 0.f ? most_q / top : 0.f;
+            const float inverse = top > FAINT ? most_q / top : 0.f;
             I16 a = codes_of(even, inverse, most_q), b = codes_of(odd, inverse, most_q);
             if constexpr (P == 1) {
                 store_bytes(q + c * 16, a), store_bytes(q + 64 + c * 16, b);
@@ -523,7 +523,7 @@ static bool round_row(const float* x, i64 columns, const Bytes& out, i64 i) {
                 store_bytes(q + c * 16, high[0]), store_bytes(q + 64 + c * 16, high[1]);
                 store_bytes(q + 128 + c * 16, low[0]), store_bytes(q + 192 + c * 16, low[1]);
             }
-            const float s = (top > 0.f ? top / most_q * .5f : 1.f) + doubt(even, odd);
+            const float s = (top > FAINT ? top / most_q * .5f : 1.f) + doubt(even, odd);
             plain &= s >= 0x1p-60f && s <= 0x1p60f;
             scale[c] = s, total[c] = std::int32_t(sum(to_float(add(a, b))));
         }

@@ -6,6 +6,10 @@
 
 namespace gptoss::GPTOSS_ISA {
 
+// Numbers are rounded in blocks, by a scale each. A block whose largest is no more than this becomes
+// zeros: one over its scale might be infinite.
+inline constexpr float FAINT = 0x1p-100f;
+
 #include "../ops/attention.inl"
 #include "../ops/linear.inl"
 #include "../ops/small.inl"

@@ -209,12 +209,14 @@ void test_bytes(const Kernels& scalar, const Kernels& table, Format format, int 
 
 // The largest sums a block can have: codes 0 and 255 (24) with bytes of 127 and -127.
 void test_extremes_of_bytes(const Kernels& scalar, const Kernels& table) {
-    for (int which = 0; which < 16; which++) {
-        Rounded x(1, 256);
-        for (i64 i = 0; i < 256; i++) x.q[i] = std::int8_t((which & 1 ? -127 : 127) * (which & 2 && i % 3 ? -1 : 1));
+    for (int which = 0; which < 32; which++) {
+        const int planes = which < 16 ? 1 : 2;
+        Rounded x(1, 256, planes);
+        for (i64 i = 0; i < x.q.size(); i++) x.q[i] = std::int8_t((which & 1 ? -127 : 127) * (which & 2 && i % 3 ? -1 : 1));
         for (i64 i = 0; i < 8; i++) {
             int n = 0;
-            for (i64 k = 0; k < 16; k++) n += x.q[i / 4 * 128 + i % 4 * 16 + k] + x.q[i / 4 * 128 + 64 + i % 4 * 16 + k];
+            for (i64 p = 0; p < 2 * planes; p++)  // evens and odds of each plane
+                for (i64 k = 0; k < 16; k++) n += x.q[(i / 4 * planes * 2 + p) * 64 + i % 4 * 16 + k] * (p < 2 * planes - 2 ? 256 : 1);
             x.scale[i] = 0x1p-10f, x.sum[i] = n;
         }
         Walled<std::uint8_t> codes(8 * 512);
@@ -229,7 +231,7 @@ void test_extremes_of_bytes(const Kernels& scalar, const Kernels& table) {
         for (i64 r = 0; r < 16; r++) {
             double sum = 0;
             for (i64 c = 0; c < 256; c++) sum += tile_at(tiles, r, c) * x.at(0, c);
-            CHECK(std::abs(ours[r] - sum) <= 1e-6 * 256 * 128 * 127 * 0x1p-10, "%s extremes %d: %g, not %g", table.name, which, double(ours[r]), sum);
+            CHECK(std::abs(ours[r] - sum) <= 1e-6 * 256 * 128 * 127 * (planes == 1 ? 1 : 256) * 0x1p-10, "%s extremes %d: %g, not %g", table.name, which, double(ours[r]), sum);
         }
     }
 }
@@ -243,6 +245,37 @@ void test_ties(const Kernels& scalar, const Kernels& table) {
     const Walled<float> zero(40);  // no scale to divide by
     round_rows(scalar, table, zero, 1, 40, rounded);
     for (i64 c = 0; c < 40; c++) CHECK(rounded.at(0, c) == 0, "%s round_row of zeros", table.name);
+}
+
+// Blocks of activations that hold what is no number, or what no scale can be made of.
+void test_odd_activations(const Kernels& scalar, const Kernels& table) {
+    const Stored w(Format::mxfp4, 16, 64);
+    for (float odd : SPECIAL)
+        for (int planes : {1, 2}) {
+            const auto x = numbers(64);
+            for (i64 i = 0; i < 32; i++) x[i] = i % 3 ? 0.f : odd;
+            Rounded rounded(1, 64, planes);
+            round_rows(scalar, table, x, 1, 64, rounded);
+            Walled<std::uint8_t> codes(2 * 512);
+            Walled<std::uint16_t> scales(2 * 16);
+            table.unpack_tile(w.matrix(), 0, codes.data(), scales.data());
+            const Tiles tiles{codes.data(), scales.data(), 12, 16, 64, true};
+            const Walled<std::int32_t> at(1);
+            Walled<float> tiled(16), packed(16), theirs(16);
+            table.dot_tiles(tiles, 0, 1, rounded.bytes, at.data(), 1, tiled.data(), 16, nullptr);
+            table.dot_packed(w.matrix(), 0, 16, rounded.bytes, at.data(), 1, packed.data(), 16, nullptr);
+            scalar.dot_packed(w.matrix(), 0, 16, rounded.bytes, at.data(), 1, theirs.data(), 16, nullptr);
+            CHECK(same(tiled, packed) && same(packed, theirs), "%s products of %g in %d planes", table.name, double(odd), planes);
+            for (i64 r = 0; r < 16; r++) {
+                double sum = 0, size = 0;
+                for (i64 c = 0; c < 64; c++) {
+                    const double part = w.at(r, c) * double(x[c]);
+                    sum += part, size += std::abs(part);
+                }
+                if (std::isfinite(odd)) CHECK(std::abs(odd) > 1e30f || std::abs(packed[r] - sum) <= .02 * size, "%s: a product of %g is %g, not %g", table.name, double(odd), double(packed[r]), sum);
+                else CHECK(std::isnan(packed[r]), "%s: a product of %g is %g", table.name, double(odd), double(packed[r]));
+            }
+        }
 }
 
 void test_small(const Kernels& scalar, const Kernels& table) {
@@ -318,6 +351,7 @@ int main() {
         test_scales_of_mxfp4(scalar, table);
         test_extremes_of_bytes(scalar, table);
         test_ties(scalar, table);
+        test_odd_activations(scalar, table);
         test_small(scalar, table);
     }
     return report("kernels");

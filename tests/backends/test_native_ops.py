@@ -109,11 +109,11 @@ def test_mxfp4_by_two_bytes_is_nearly_exact(rows, columns, T):
 
 @pytest.mark.parametrize("e", [60, 66, 67, 187, 188, 194])
 def test_extreme_scales_are_multiplied_as_they_are(e):
-    """Those that exponents can be added to, and those just beyond."""
+    """Those that exponents can be added to, and those just beyond; of activations too."""
     rng = np.random.default_rng(e)
     w, _ = stored(rng, (20, 64), "mxfp4")
     w.scales[:] = e
-    for size in (2.0**-50, 1.0, 2.0**50):
+    for size in (2.0**-62, 2.0**-50, 1.0, 2.0**50):
         x = (rng.standard_normal((6, 64)) * size).astype(np.float32)
         for planes in (1, 2):
             fast = weight(w)
@@ -121,6 +121,33 @@ def test_extreme_scales_are_multiplied_as_they_are(e):
             truth = x.astype(np.float64) @ w.decode("float64").T
             assert error(product(x, fast), truth) < 2e-2
             assert np.array_equal(product(x[:1], fast), product(x, fast)[:1])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_stays_in_its_row(format, planes, odd):
+    rng = np.random.default_rng(5)
+    w = weight(stored(rng, (40, 96), format)[0])
+    w.use_bytes(planes)
+    x = rng.standard_normal((7, 96)).astype(np.float32)
+    truth = product(x, w)
+    x[3, 50] = odd
+    ours = product(x, w)
+    assert np.isnan(ours[3]).all() and np.isnan(product(x[3:4], w)).all()
+    assert np.array_equal(np.delete(ours, 3, 0), np.delete(truth, 3, 0))
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+def test_what_is_too_small_for_a_scale_is_nothing(planes):
+    rng = np.random.default_rng(6)
+    w = weight(stored(rng, (40, 96), "mxfp4")[0])
+    w.use_bytes(planes)
+    x = rng.standard_normal((7, 96)).astype(np.float32)
+    x[:, 32:64] = 0
+    truth = product(x, w)
+    x[:, 32:64] = rng.standard_normal((7, 32)) * 2.0**-140
+    assert np.array_equal(product(x, w), truth)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -266,6 +293,8 @@ def test_a_scale_of_255_is_no_number():
         lambda w: _core.Weight(np.zeros(16, np.uint8), None, 1, 32, "int3"),
         lambda w: _core.use_isa("altivec"),
         lambda w: _core.set_threads(0),
+        lambda w: w.use_bytes(3),
+        lambda w: [w.use_bytes(), w.use_bytes()],
     ],
 )
 def test_what_does_not_fit_is_refused(call):
