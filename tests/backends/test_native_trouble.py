@@ -16,6 +16,7 @@ import pytest
 core = pytest.importorskip("gptoss._core", reason="gptoss was installed without a compiler")
 
 from gptoss import LLM  # noqa: E402
+from gptoss.backends import NARROW  # noqa: E402
 from gptoss.backends.native import NativeBackend  # noqa: E402
 from gptoss.checkpoint.open import open_checkpoint  # noqa: E402
 from gptoss.checkpoint.synthesize import reader, synthesize  # noqa: E402
@@ -24,8 +25,10 @@ from gptoss.errors import GptOssError  # noqa: E402
 from gptoss.model.mxfp4 import Packed  # noqa: E402
 from gptoss.model.weights import specs  # noqa: E402
 from tests.cli.conftest import ENVIRONMENT, run, start  # noqa: E402
-from tests.llm.toy import CONFIG, write_toy  # noqa: E402
+from tests.llm.toy import CONFIG as TOY  # noqa: E402
+from tests.llm.toy import write_toy  # noqa: E402
 
+CONFIG = replace(TOY, hidden_size=NARROW)  # wide enough for fast to be another than exact
 TEXT = [9 + i * 7 % 900 for i in range(700)]
 QUESTION = "What is 247 + 385?"
 PRECISIONS = ["exact", "fast"]
@@ -218,7 +221,7 @@ def test_a_program_may_end_while_a_thread_still_computes():
 
 
 def test_two_threads_may_use_two_models():
-    models = [load(), load(precision="fast")]
+    models = [load(), load()]
     truths = [model.logits(TEXT) for model in models]
     right = []
 
@@ -288,12 +291,13 @@ def test_threads_may_change_between_uses_and_within_one():
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_processor_without_vectors_says_the_same(precision):
-    llm = load(precision=precision)
-    truth = answer(llm), llm.logits(TEXT[:100])
+def test_a_processor_without_vectors_says_the_same(precision, tmp_path):
+    path, tokens = write_toy(tmp_path / "models", config=CONFIG), [t % 256 for t in TEXT[:100]]
+    nano, wide = load(), LLM.load(path, "native", precision=precision)
+    truth = answer(nano), wide.logits(tokens)
     core.use_isa("scalar")
-    assert answer(llm) == truth[0]
-    assert np.array_equal(llm.logits(TEXT[:100]), truth[1])
+    assert answer(nano) == truth[0]
+    assert np.array_equal(wide.logits(tokens), truth[1])
 
 
 @pytest.mark.parametrize(
@@ -352,7 +356,7 @@ def test_a_weight_that_is_no_number_is_an_error_and_no_garbage(name, precision, 
     ["model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.experts.gate_up_proj_scales"],
 )
 def test_a_damaged_checkpoint_is_one_sentence(name, tmp_path):
-    path = write_toy(tmp_path / "models")
+    path = write_toy(tmp_path / "models", config=CONFIG)
     tensor = open_checkpoint(path).tensors[name]
     with tensor.path.open("r+b") as file:
         file.seek(tensor.offset)
@@ -367,7 +371,7 @@ def test_a_damaged_checkpoint_is_one_sentence(name, tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="a mapped file cannot be replaced there")
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_checkpoint_that_is_replaced_keeps_answering(precision, tmp_path):
-    path = write_toy(tmp_path / "models")
+    path = write_toy(tmp_path / "models", config=CONFIG)
     llm = LLM.load(path, "native", precision=precision)
     path.rename(tmp_path / "old")
     words = tmp_path / "old" / "tokenizer.json"
