@@ -193,7 +193,7 @@ def choose(
     if backend == "torch" or device not in (None, "cpu"):
         return "torch", device or ("cuda" if _gpu() else "cpu"), GIVEN
     if native:
-        return "native", "cpu", "precision, threads and memory are its own"
+        return "native", "cpu", "precision, threads, kv and memory are its own"
     tiny = parameters(config) <= TINY
     if not tiny and device is None and _gpu():
         return "torch", "cuda", "torch is installed, with a GPU"
