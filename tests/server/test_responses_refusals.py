@@ -2,6 +2,7 @@
 
 import pytest
 
+from gptoss.errors import Overloaded
 from tests.server.conftest import QUESTION, WEATHER
 from tests.server.test_responses_stream import ask
 
@@ -135,3 +136,14 @@ def test_pages_that_cannot_be(server, query, param):
     with server.client() as client:
         response = client.get(f"/v1/responses/{id}/input_items?{query}")
     assert response.status_code == 400 and response.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize("more", [{}, {"stream": True}, {"background": True}])
+def test_when_too_many_wait_nothing_is_begun(server, monkeypatch, more):
+    def full(*_):
+        raise Overloaded("256 requests wait already")
+
+    monkeypatch.setattr(server.served.worker, "submit", full)
+    response = ask(server, **more)
+    assert response.status_code == 429 and response.headers["retry-after"]
+    assert response.json()["error"]["code"] == "rate_limit_exceeded"
