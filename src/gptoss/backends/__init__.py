@@ -8,7 +8,7 @@ from gptoss.model.weights import Read
 NAMES = ("reference", "native", "torch")
 PRECISIONS = ("exact", "fast")  # of native
 CACHES = ("bfloat16", "float32", "int8")  # how native keeps keys and values
-NARROW = 512  # hidden size below which native's fast precision is the exact one
+NARROW = 512  # hidden size below which native computes in float32 whatever the precision
 
 
 def load_backend(

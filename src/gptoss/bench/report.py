@@ -48,7 +48,7 @@ class Report:
             return "float32", isa, floats
         if self.plan.precision == "fast":
             return "int8", name, bytes_
-        if floats is None or not self.plan.needs.mapped:
+        if floats is None or not self.plan.integers:
             return "float32", isa, floats
         done, inside = self.cost.operations, self.cost.experts
         seconds = (done - inside) / floats + inside / (bytes_ / 2)

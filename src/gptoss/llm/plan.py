@@ -41,6 +41,7 @@ class Plan:
     needs: Needs
     available: int | None  # bytes of memory; None: unknown
     kv: str | None = None  # how native keeps keys and values
+    integers: bool = False  # whether experts are multiplied in integers
     resident: int | None = None  # bytes of experts in memory, the others on disk; None: all
     step_tokens: int = STEP_TOKENS  # of a prompt, computed together
 
@@ -137,6 +138,7 @@ def make_plan(
         dtype=dtype,
         precision=precision,
         kv=kv,
+        integers=chosen == "native" and packed and config.hidden_size >= NARROW,
         device=where,
         threads=threads,
         reason=reason,

@@ -31,7 +31,8 @@ class NativeBackend:
             experts are packed in MXFP4, with 16 bits and a scale to each 32 numbers. "fast" rounds
             the large dense matrices to 8 bits at load (a scale to each 32 numbers) and activations
             to 8 bits before each product with those and with packed experts. In a model of less
-            than ``NARROW`` that saves little and loses much: there it is exact.
+            than ``NARROW`` either saves little and may turn near ties between experts over: there
+            activations are float32 in both.
         threads: how many share an operation; None: the cores this process may use.
         kv: how keys and values are kept: "bfloat16" (None: with fast), "float32" (with exact:
             rounded to bfloat16 they turn near ties between experts over), or "int8", a scale to
@@ -58,14 +59,15 @@ class NativeBackend:
         held = None if resident is None else Resident(resident)
         self.step = STEP if held is None else DISK_STEP
         self.config, self.precision, self.ops = config, precision, NativeOps(held)
-        fast = precision == "fast" and config.hidden_size >= NARROW
+        wide = config.hidden_size >= NARROW
+        fast = precision == "fast" and wide
         self.kv = kv or ("bfloat16" if fast else "float32")
 
         def load(name: str) -> Any:
             stored = read(name)
             if name.endswith(("mlp1_weight", "mlp2_weight")):
                 experts = weight(stored)
-                if not isinstance(stored, np.ndarray):
+                if wide and not isinstance(stored, np.ndarray):
                     experts.use_bytes(1 if fast else 2)
                 if held is not None:
                     held.watch(experts, stored)
