@@ -207,11 +207,13 @@ def test_a_failing_step_ends_its_requests_and_no_others(server, monkeypatch):
 
 def test_at_the_end_requests_may_finish():
     with running(grace=20) as server, server.client() as client:
-        body = {"messages": QUESTION, "temperature": 0, "stream": True}
+        body = {"messages": QUESTION, "stream": True, "ignore_eos": True, "max_tokens": 500}
         with client.stream("POST", CHAT, json=body) as answer:
             lines = answer.iter_lines()
             next(lines)
             server.server.should_exit = True
+            until(lambda: server.server.gate.draining)
+            assert server.busy
             said = [line for line in lines if line]
         assert said[-1] == "data: [DONE]"
         with pytest.raises(httpx2.ConnectError):
@@ -273,12 +275,13 @@ def test_the_document_is_true():
     """schemathesis asks what the OpenAPI document allows, and what it does not."""
     command = [
         *(sys.executable, "-m", "schemathesis.cli", "run"),
-        *("--seed", "1", "--max-examples", "25", "--request-timeout", "60"),
-        *("--phases", "examples,coverage,fuzzing", "--generation-database", "none"),
+        *("--seed", "1", "--max-examples", "20", "--request-timeout", "60"),
+        *("--suppress-health-check", "filter_too_much"),  # few texts are a path
+        *("--phases", "examples,fuzzing", "--generation-database", "none"),
         # what a document cannot say: that an id exists, that fields fit each other
         *("--exclude-checks", "positive_data_acceptance"),
     ]
-    with running(timeout=1.0) as server:
+    with running(timeout=0.1) as server:
         ran = subprocess.run(
             [*command, f"{server.base}/openapi.json"], capture_output=True, text=True
         )

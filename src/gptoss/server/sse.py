@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from typing import Any
 
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from gptoss.server.errors import ApiError, as_api_error
@@ -27,7 +27,7 @@ def event(data: Any, name: str | None = None) -> bytes:
     return (f"event: {name}\n" if name else "").encode() + f"data: {line}\n\n".encode()
 
 
-class Json(Response):
+class Json(JSONResponse):
     """A document; escapes like ``event``, so that no text can fail to be encoded."""
 
     media_type = "application/json"
