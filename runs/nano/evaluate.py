@@ -2,8 +2,8 @@
 
     python -m runs.nano.evaluate nano --count 40
 
-Greedy. A tool problem is right if the call is (name and arguments), and the answer after the tool's
-result. Prints a table and ends with one JSON line.
+Greedy. Right is the final message that was taught, to the letter; of a tool problem, the call (name
+and arguments) and the message after the tool's result. Prints a table, ends with one JSON line.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def solve(llm: LLM, example: tasks.Example) -> tuple[bool, int]:
         thought += len(reply.analysis)
         messages += reply.messages
         if not reply.tool_calls:
-            return example.answer in reply.text and not calls, thought
+            return reply.text == example.turn[-1].content and not calls, thought
         if not calls:
             return False, thought
         want = next(m for m in example.turn if m.recipient and m.role == "assistant")

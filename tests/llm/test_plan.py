@@ -155,6 +155,16 @@ def test_a_cache_of_int8_is_half_of_bfloat16s(toy, machine):
     assert cache["int8"] == pytest.approx(cache["bfloat16"] * (1 + 4 / head) / 2, rel=1e-6)
 
 
+def test_the_cache_has_the_room_of_all_conversations(toy, machine):
+    machine(core=True)
+    one, eight = (plan.make_plan(open_checkpoint(toy), conversations=n) for n in (1, 8))
+    assert eight.needs.cache == 8 * one.needs.cache and eight.max_tokens == one.max_tokens
+    assert f"for 8 x {one.max_tokens} tokens" in str(eight)
+    assert LLM.load(toy, conversations=8).tokens.engine.max_tokens == 8 * one.max_tokens
+    with pytest.raises(ValueError, match="conversations must be at least 1"):
+        plan.make_plan(open_checkpoint(toy), conversations=0)
+
+
 def test_the_plan_reaches_the_native_room(toy, machine, monkeypatch):
     machine(core=True)
     asked = []

@@ -46,7 +46,7 @@ class Report:
         name, bytes_ = self.roofline.peak("int8") or (None, None)
         if bytes_ is None or self.plan.precision is None:
             return "float32", isa, floats
-        if self.plan.precision == "fast":
+        if self.plan.precision == "fast" and self.plan.integers:
             return "int8", name, bytes_
         if floats is None or not self.plan.integers:
             return "float32", isa, floats

@@ -119,7 +119,7 @@ class Loading:
     force: Force = False
     quiet: Quiet = False
 
-    def load(self, model: str) -> LLM:
+    def load(self, model: str, conversations: int = 1) -> LLM:
         """The model, after saying on stderr how it will be run."""
         from gptoss.llm import LLM
 
@@ -137,6 +137,7 @@ class Loading:
                 threads=self.threads,
                 kv=self.kv,
                 memory=size(self.memory),
+                conversations=conversations,
                 force=self.force,
                 announce=None if self.quiet else announce,
                 progress=progress,

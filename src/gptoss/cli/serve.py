@@ -33,6 +33,9 @@ def run(
     cors: Annotated[
         list[str] | None, Option(help="origin of web pages that may call; may be repeated")
     ] = None,
+    conversations: Annotated[
+        int, Option(min=1, help="whose room (--context) the cache has together")
+    ] = 8,
     waiting: Annotated[int, Option(min=1, help="most answers that may wait their turn")] = 256,
     timeout: Annotated[
         float | None,
@@ -60,9 +63,8 @@ def run(
     kept = Store(store)
     if host not in LOCAL and not api_key:
         print("gptoss: anybody who can reach this port may use it: no --api-key", file=sys.stderr)
-    served = serve_model(
-        loading.load(model), name or own_name(model), waiting=waiting, timeout=timeout
-    )
+    llm = loading.load(model, conversations)
+    served = serve_model(llm, name or own_name(model), waiting=waiting, timeout=timeout)
     set_up()
     server = Server(
         served,

@@ -1,7 +1,7 @@
 """How much memory a model takes, by its shapes alone."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gptoss.backends import NARROW
 from gptoss.engine import STEP_TOKENS
@@ -45,6 +45,7 @@ def estimate(
     packed: bool = True,
     step: int = STEP_TOKENS,
     kv: str | None = None,
+    conversations: int = 1,
 ) -> Needs:
     """Memory to run a model in these ``numbers``: a dtype, or the native backend's precision.
 
@@ -54,11 +55,13 @@ def estimate(
     """
     match backend:
         case "native":
-            return _native(config, numbers, max_tokens, packed, step, kept(config, numbers, kv))
+            kv = kept(config, numbers, kv)
+            needs = _native(config, numbers, max_tokens, packed, step, kv)
         case "reference":
-            return _reference(config, BYTES[numbers], max_tokens, packed)
+            needs = _reference(config, BYTES[numbers], max_tokens, packed)
         case _:
-            return _torch(config, BYTES[numbers], max_tokens, packed)
+            needs = _torch(config, BYTES[numbers], max_tokens, packed)
+    return replace(needs, cache=needs.cache * conversations)
 
 
 def counts(config: ModelConfig) -> tuple[int, int]:

@@ -37,9 +37,10 @@ class Plan:
     device: str
     threads: int | None  # None: the backend's choice
     reason: str  # why this backend
-    max_tokens: int  # room for prompt and answer
+    max_tokens: int  # room for prompt and answer of one conversation
     needs: Needs
     available: int | None  # bytes of memory; None: unknown
+    conversations: int = 1  # whose room the cache has
     kv: str | None = None  # how native keeps keys and values
     integers: bool = False  # whether experts are multiplied in integers
     resident: int | None = None  # bytes of experts in memory, the others on disk; None: all
@@ -56,6 +57,8 @@ class Plan:
         numbers = self.dtype or f"{self.precision} precision ({MEANING[self.precision or 'exact']})"
         threads = f", {self.threads} threads" if self.threads is not None else ""
         needs, on_disk, kv = self.needs, "", f" in {self.kv}" if self.kv else ""
+        many = f"{self.conversations} x " if self.conversations > 1 else ""
+        room = f"{many}{self.max_tokens} tokens{kv}"
         if self.resident is not None:
             on_disk = (
                 f"\nexperts stay on disk, at most {size(self.resident)} of their "
@@ -67,7 +70,7 @@ class Plan:
             f"{self.backend} backend in {numbers} on {self.device}{threads} ({self.reason})\n"
             f"memory: {size(self.total)} = weights "
             f"{size(self.total - needs.cache - needs.working)} + cache {size(needs.cache)} for "
-            f"{self.max_tokens} tokens{kv} + working memory {size(needs.working)}; {have}{on_disk}"
+            f"{room} + working memory {size(needs.working)}; {have}{on_disk}"
         )
 
     def check(self) -> None:
@@ -101,6 +104,7 @@ def make_plan(
     kv: str | None = None,
     memory: int | None = None,
     max_tokens: int | None = None,
+    conversations: int = 1,
 ) -> Plan:
     """Decide what was left open. Raises ValueError for what no backend is, takes or holds."""
     config = checkpoint.config
@@ -121,12 +125,27 @@ def make_plan(
         raise ValueError(
             f"max_tokens (--context) must be in 1..{config.context_length}, not {room}"
         )
+    if conversations < 1:
+        raise ValueError(f"conversations must be at least 1, not {conversations}")
     available, packed = _free(where), checkpoint.layout.packed
     step = NATIVE_CHUNK if chosen == "native" else STEP_TOKENS
-    needs = estimate(config, chosen, numbers, room, packed=packed, step=step, kv=kv)
+
+    def needed(step: int) -> Needs:
+        return estimate(
+            config,
+            chosen,
+            numbers,
+            room,
+            packed=packed,
+            step=step,
+            kv=kv,
+            conversations=conversations,
+        )
+
+    needs = needed(step)
     resident = share(needs, available, memory)
     if resident is not None:
-        long = estimate(config, chosen, numbers, room, packed=packed, step=DISK_STEP, kv=kv)
+        long = needed(DISK_STEP)
         left = resident - (long.total - needs.total)
         if left >= needs.layer:
             needs, resident, step = long, left, DISK_STEP
@@ -143,6 +162,7 @@ def make_plan(
         threads=threads,
         reason=reason,
         max_tokens=room,
+        conversations=conversations,
         needs=needs,
         available=available,
         resident=resident,

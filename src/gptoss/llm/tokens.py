@@ -45,6 +45,7 @@ class TokenGenerator:
         kv: str | None = None,
         memory: int | None = None,
         max_tokens: int | None = None,
+        conversations: int = 1,
         force: bool = False,
         announce: Announce | None = None,
         progress: Progress | None = None,
@@ -62,6 +63,7 @@ class TokenGenerator:
                 packed experts stays on disk and is read when used. By default, what is free.
             max_tokens: room for prompt and answer together; by default 16,384, or the model's
                 context if that is less.
+            conversations: whose room the cache has together; more may run if they are shorter.
             force: load although memory is too little.
             announce: is given the plan before anything is loaded.
             progress: is called as tensors are loaded.
@@ -84,6 +86,7 @@ class TokenGenerator:
             kv=kv,
             memory=memory,
             max_tokens=max_tokens,
+            conversations=conversations,
         )
         if announce is not None:
             announce(self.plan)
@@ -102,7 +105,7 @@ class TokenGenerator:
                 resident=self.plan.resident,
             ),
             vocab_size=sampled_size(self.tokenizer),
-            max_tokens=self.plan.max_tokens,
+            max_tokens=self.plan.max_tokens * conversations,
             step_tokens=self.plan.step_tokens,
         )
         opened.release()
