@@ -61,8 +61,11 @@ def main() -> None:
     model, vocabulary = named(args.model)
     contenders = LLAMA | (TORCH if args.torch else OURS)
     if args.only:
-        names = [n for o in args.only for n in contenders if (n == o if o in contenders else o in n)]
-        contenders = {n: c for n, c in contenders.items() if n in names}
+        whole = set(args.only) & set(contenders)
+        parts = set(args.only) - whole
+        contenders = {
+            n: c for n, c in contenders.items() if n in whole or any(part in n for part in parts)
+        }
     kinds = dict.fromkeys(c["dense"] for c in contenders.values() if "dense" in c)
     python = built(args.venv or args.scratch / "venv") if kinds else Path(sys.executable)
     files = {dense: converted(model, dense, args.scratch) for dense in kinds}
