@@ -87,17 +87,12 @@ def test_a_fault_of_the_native_room_is_not_put_on_the_core(native, tiny, weights
 
 
 def test_precision_and_threads_reach_the_native_room(native, tiny, weights):
-    native(SimpleNamespace(NativeBackend=lambda *args, **options: (args, options)))
+    native(SimpleNamespace(NativeBackend=lambda *args: args))
     assert has_native()
     read = weights.get
-    for given, options in [
-        ({}, {"precision": "fast", "threads": None, "resident": None}),
-        (
-            {"precision": "exact", "threads": 2, "resident": 9},
-            {"precision": "exact", "threads": 2, "resident": 9},
-        ),
-    ]:
-        assert load_backend("native", tiny, read, **given) == ((tiny, read), options)
+    assert load_backend("native", tiny, read) == (tiny, read, "fast", None, None, None)
+    given = {"precision": "exact", "threads": 2, "kv": "int8", "resident": 9}
+    assert load_backend("native", tiny, read, **given) == (tiny, read, "exact", 2, "int8", 9)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +101,7 @@ def test_precision_and_threads_reach_the_native_room(native, tiny, weights):
         ("native", {"dtype": "float32"}, "takes no dtype"),
         ("native", {"precision": "finest"}, "one of exact, fast"),
         ("native", {"threads": 0}, "at least 1"),
+        ("native", {"kv": "int4"}, "one of bfloat16, float32, int8"),
         ("native", {"device": "cuda"}, "on the cpu"),
         ("reference", {"precision": "exact"}, "reference backend takes no precision"),
         ("torch", {"precision": "fast"}, "torch backend takes no precision"),
