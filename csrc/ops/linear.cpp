@@ -84,6 +84,14 @@ void fetch(Tiles& tiles, const Weight& w, i64 row, i64 rows) {
     tiles.ahead = first + next * bytes, tiles.ahead_bytes = more * bytes;
 }
 
+// Whether the scales of some rows of MXFP4 are powers of two that Tiles can say.
+bool powers(const Matrix& w, i64 row, i64 rows) {
+    const std::uint8_t* e = w.scales + row * w.blocks();
+    std::uint8_t least = 255, most = 0;
+    for (i64 i = 0; i < rows * w.blocks(); i++) least = std::min(least, e[i]), most = std::max(most, e[i]);
+    return least >= 127 - 60 && most <= 127 + 60;
+}
+
 // rows of w from `row` on, times the tokens `at` of x
 void product(const Weight& w, i64 row, i64 rows, Prepared& x, const std::int32_t* at, i64 tokens,
              float* out, i64 stride, const float* bias) {
@@ -105,7 +113,7 @@ void product(const Weight& w, i64 row, i64 rows, Prepared& x, const std::int32_t
     if (tokens <= FEW)
         return k.dot_packed(w.stored, row, rows, x.bytes(), at, tokens, out, stride, bias);
     Tiles decoded{bench.codes.get(tiles * blocks * 512), bench.scales.get(tiles * blocks * 16), 12, rows,
-                  w.stored.columns, w.powers};
+                  w.stored.columns, x.bytes().planes == 1 && powers(w.stored, row, rows)};
     for (i64 t = 0; t < tiles; t++)
         k.unpack_tile(w.stored, row + 16 * t, bench.codes.get(0) + t * blocks * 512,
                       bench.scales.get(0) + t * blocks * 16);
@@ -129,19 +137,7 @@ void use_bytes(Weight& w, int planes) {
     const Matrix& m = w.stored;
     const i64 blocks = m.blocks(), tiles = (m.rows + 15) / 16;
     w.planes = planes;
-    if (m.format == Format::mxfp4) {
-        if (planes != 1) return;
-        std::atomic<bool> powers{true};
-        pool().run(tiles, [&](i64 t, int) {
-            const std::uint8_t* e = m.scales + t * 16 * blocks;
-            std::uint8_t least = 255, most = 0;
-            for (i64 i = 0; i < std::min<i64>(16, m.rows - t * 16) * blocks; i++)
-                least = std::min(least, e[i]), most = std::max(most, e[i]);
-            if (least < 127 - 60 || most > 127 + 60) powers = false;
-        });
-        w.powers = powers;
-        return;
-    }
+    if (m.format == Format::mxfp4) return;
     w.codes = Block<std::uint8_t>(std::size_t(tiles * blocks * 512));
     w.scales = Block<std::uint16_t>(std::size_t(tiles * blocks * 16));
     w.tiles = {w.codes.data(), w.scales.data(), 128, m.rows, m.columns};

@@ -14,7 +14,6 @@ namespace gptoss {
 struct Weight {
     Matrix stored;
     int planes = 0;       // of the activations it is multiplied with in integers; 0: floats
-    bool powers = false;  // see Tiles; of MXFP4 multiplied in one plane
     Tiles tiles;          // of `stored`; empty for MXFP4, which is multiplied as it is
     Block<std::uint8_t> codes;
     Block<std::uint16_t> scales;
