@@ -4,7 +4,6 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from gptoss.server.errors import refused
 from gptoss.server.gate import tell
@@ -17,40 +16,11 @@ from gptoss.server.sse import EventStream, Json, Whole
 router = APIRouter(prefix="/v1/responses")
 
 
-class Listening(EventStream):
-    """A client who reads the events of its own response; without it, the response ends."""
-
-    def __init__(self, request: Request, job: Job) -> None:
-        super().__init__(job.follow())
-        self._request, self._job = request, job
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI wants it."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            _left(self._request, self._job)
-
-
-class Waiting(Whole):
-    """A client who waits for the end of its own response; without it, the response ends."""
-
-    def __init__(self, request: Request, job: Job) -> None:
-        super().__init__(self._answered)
-        self._request, self._job = request, job
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI wants it."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            _left(self._request, self._job)
-
-    async def _answered(self) -> dict[str, Any]:
-        await self._job.over.wait()
-        if self._job.error is not None:
-            raise self._job.error
-        return self._job.document
+async def _answered(job: Job) -> dict[str, Any]:
+    await job.over.wait()
+    if job.error is not None:
+        raise job.error
+    return job.document
 
 
 def _left(request: Request, job: Job) -> None:
@@ -70,10 +40,10 @@ async def create(body: ResponseRequest, request: Request) -> Response:
     job = await desk.open(body)
     tell(request, response=job.id)
     if body.stream:
-        return Listening(request, job)
+        return EventStream(job.follow(), lambda: _left(request, job))
     if body.background:
         return Json(job.document)
-    return Waiting(request, job)
+    return Whole(lambda: _answered(job), lambda: _left(request, job))
 
 
 @router.get("/{response_id}", responses=EITHER, response_class=Response)
