@@ -1,13 +1,11 @@
 """``gptoss bench`` on the smallest models: what it prints, and what it refuses."""
 
 import json
-import sys
 
 import pytest
 
-from gptoss.bench import machine, roofline
+from gptoss.bench import machine
 from gptoss.bench.subject import Rows, Subject
-from gptoss.cli.main import main
 from gptoss.errors import CacheMiss
 from tests.llm.toy import write_toy
 
@@ -22,22 +20,6 @@ SMALL = {
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     return str(write_toy(tmp_path_factory.mktemp("models")))
-
-
-@pytest.fixture
-def bench(monkeypatch, capsys):
-    """``bench("decode", ...)`` in this process: status, stdout, stderr."""
-    for name, value in (("BUFFER", 4 << 20), ("LARGEST", 4 << 20), ("PASSES", 1)):
-        monkeypatch.setattr(roofline, name, value)
-
-    def command(*args):
-        monkeypatch.setattr(sys, "argv", ["gptoss", "bench", *map(str, args)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        seen = capsys.readouterr()
-        return end.value.code or 0, seen.out, seen.err
-
-    return command
 
 
 @pytest.mark.parametrize("what", ["decode", "prefill", "load"])

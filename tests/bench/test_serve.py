@@ -11,7 +11,6 @@ import pytest
 from gptoss.bench import latency
 from gptoss.bench.latency import Outcome, percentiles, summary
 from gptoss.bench.serve import Load, Server, first_model, serve
-from gptoss.cli.main import main
 from gptoss.errors import GptOssError
 
 DELAY, GAP = 0.08, 0.01
@@ -24,20 +23,6 @@ def url():
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as stub:
         yield f"http://127.0.0.1:{int(stub.stdout.readline())}/v1"
         stub.terminate()
-
-
-@pytest.fixture
-def bench(monkeypatch, capsys):
-    """``bench("serve", ...)`` in this process: status, stdout, stderr."""
-
-    def command(*args):
-        monkeypatch.setattr(sys, "argv", ["gptoss", "bench", *map(str, args)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        seen = capsys.readouterr()
-        return end.value.code or 0, seen.out, seen.err
-
-    return command
 
 
 def test_what_is_reported_is_what_the_server_did(bench, url):
