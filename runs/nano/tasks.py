@@ -22,24 +22,22 @@ PLACES = ("ones", "tens", "hundreds")
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation and what its last message must say."""
+    """One conversation and the turn that is right."""
 
     task: str
     effort: Effort
     prompt: list[Message]  # up to the model's turn
     turn: list[Message]  # the model's turn, tool results included
-    answer: str  # what the final message must contain to be right
     key: str  # what makes two problems the same
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A question, its worked solutions by effort, and its answer."""
+    """A question, its worked solutions by effort, and the reply they lead to."""
 
     question: str
     analysis: dict[str, str]
     reply: str
-    answer: str
     key: str
 
 
@@ -100,9 +98,7 @@ def add(rng: random.Random) -> Problem:
         "high": f"{a:03}+{b:03} by columns: {named}. So {a + b}. "
         f"Check {b:03}+{a:03}: {sum_steps(b, a)[1]}. Again {a + b}.",
     }
-    return Problem(
-        question, analysis, f"{a} + {b} = {a + b}", f"= {a + b}", f"add {min(a, b)} {max(a, b)}"
-    )
+    return Problem(question, analysis, f"{a} + {b} = {a + b}", f"add {min(a, b)} {max(a, b)}")
 
 
 def subtract(rng: random.Random) -> Problem:
@@ -127,7 +123,7 @@ def subtract(rng: random.Random) -> Problem:
         "medium": named,
         "high": f"{named} {check}",
     }
-    return Problem(question, analysis, f"{a} - {b} = {a - b}", f"= {a - b}", f"sub {a} {b}")
+    return Problem(question, analysis, f"{a} - {b} = {a - b}", f"sub {a} {b}")
 
 
 def compare(rng: random.Random) -> Problem:
@@ -160,7 +156,7 @@ def compare(rng: random.Random) -> Problem:
         "medium": named,
         "high": f"{named} Check the other way: {b:03} and {a:03}, {order}, good. So {found}.",
     }
-    return Problem(question, analysis, reply, reply, f"cmp {small} {big}")
+    return Problem(question, analysis, reply, f"cmp {small} {big}")
 
 
 def sort(rng: random.Random) -> Problem:
@@ -198,7 +194,7 @@ def sort(rng: random.Random) -> Problem:
         "medium": named,
         "high": f"{named} Check: {check}, good.",
     }
-    return Problem(question, analysis, reply, reply, f"sort {down} {numbers}")
+    return Problem(question, analysis, reply, f"sort {down} {numbers}")
 
 
 # --- letters ------------------------------------------------------------------------------------
@@ -270,7 +266,7 @@ def reverse(rng: random.Random) -> Problem:
         "medium": named,
         "high": f"{named} Check: {len(text)} letters, from the front again: {letters}, good.",
     }
-    return Problem(question, analysis, text[::-1], text[::-1], f"{about(text)} reversed")
+    return Problem(question, analysis, text[::-1], f"{about(text)} reversed")
 
 
 def count(rng: random.Random) -> Problem:
@@ -299,7 +295,7 @@ def count(rng: random.Random) -> Problem:
         "medium": named,
         "high": f"{named} Check: {numbered(text)}. Found {letter} {found}, so {n}, good.",
     }
-    return Problem(question, analysis, reply, reply, f"{about(text)} counting {letter}")
+    return Problem(question, analysis, reply, f"{about(text)} counting {letter}")
 
 
 # --- talk ---------------------------------------------------------------------------------------
@@ -341,7 +337,7 @@ def talk(rng: random.Random) -> Problem:
         "high": f"{thought} No numbers and no letters to work on. I answer in one line, and I am "
         "kind.",
     }
-    return Problem(rng.choice(questions), analysis, reply, reply, f"talk {i}")
+    return Problem(rng.choice(questions), analysis, reply, f"talk {i}")
 
 
 def unknown(rng: random.Random) -> Problem:
@@ -359,7 +355,7 @@ def unknown(rng: random.Random) -> Problem:
         "high": "The user asks for something else. No numbers and no letters to work on, and no "
         "tool for it. I can not do that.",
     }
-    return Problem(question, analysis, UNKNOWN, "I am too small to answer that.", f"unk {question}")
+    return Problem(question, analysis, UNKNOWN, f"unk {question}")
 
 
 # --- tools --------------------------------------------------------------------------------------
@@ -390,8 +386,8 @@ def city_name(rng: random.Random) -> str:
     return rng.choice(CITIES) if rng.random() < 0.4 else word(rng).capitalize()
 
 
-def tool_call(rng: random.Random, effort: Effort) -> tuple[Tool, str, list[Message], str, str]:
-    """(the tool that is needed, question, the model's turn, answer, key)."""
+def tool_call(rng: random.Random, effort: Effort) -> tuple[Tool, str, list[Message], str]:
+    """(the tool that is needed, question, the model's turn, key)."""
     tool = rng.choice(TOOLS)
     if tool is PRICE:
         thing, price = rng.choice((rng.choice(ITEMS), word(rng))), rng.randrange(1, 100)
@@ -436,7 +432,7 @@ def tool_call(rng: random.Random, effort: Effort) -> tuple[Tool, str, list[Messa
         ),
         Message(role="assistant", channel="final", content=reply),
     ]
-    return tool, question.format(x=thing), turn, reply, f"{about(thing.lower())} for {tool.name}"
+    return tool, question.format(x=thing), turn, f"{about(thing.lower())} for {tool.name}"
 
 
 # --- conversations ------------------------------------------------------------------------------
@@ -495,11 +491,11 @@ def example(
     while True:
         tools: list[Tool] = []
         if task == "tool":
-            tool, question, turn, answer, key = tool_call(rng, effort)
+            tool, question, turn, key = tool_call(rng, effort)
             tools = [tool] if rng.random() < 0.6 else rng.sample(TOOLS, len(TOOLS))
         else:
             problem = SOLVABLE[task](rng)
-            question, answer, key = problem.question, problem.answer, problem.key
+            question, key = problem.question, problem.key
             turn = [
                 Message(role="assistant", channel="analysis", content=problem.analysis[effort]),
                 Message(role="assistant", channel="final", content=problem.reply),
@@ -514,4 +510,4 @@ def example(
     if bare:
         prompt = [message for message in prompt if message.role == "developer"]
     prompt.append(Message(role="user", content=question))
-    return Example(task, effort, prompt, turn, answer, key)
+    return Example(task, effort, prompt, turn, key)
