@@ -9,6 +9,7 @@ from dataclasses import replace  # noqa: E402
 import numpy as np  # noqa: E402
 
 from gptoss.backends import load_backend  # noqa: E402
+from gptoss.backends.torch.backend import TorchBackend  # noqa: E402
 from gptoss.backends.torch.modules import (  # noqa: E402
     AttentionBlock,
     Experts,
@@ -22,6 +23,7 @@ from gptoss.backends.torch.modules import (  # noqa: E402
     canonical_state_dict,
     reset_parameters,
 )
+from gptoss.backends.torch.ops import PackedTensor  # noqa: E402
 from gptoss.checkpoint.huggingface import HUGGINGFACE, HUGGINGFACE_BF16  # noqa: E402
 from gptoss.checkpoint.open import open_checkpoint  # noqa: E402
 from gptoss.checkpoint.openai import ORIGINAL  # noqa: E402
@@ -363,3 +365,44 @@ def test_from_checkpoint_gives_contiguous_parameters(tmp_path):
 def test_from_checkpoint_refuses_an_unknown_dtype(tmp_path, dtype):
     with pytest.raises(ValueError, match="float32, bfloat16, float64, not"):
         Transformer.from_checkpoint(tmp_path, dtype=dtype)
+
+
+def test_packed_rows_are_the_rows_alone(tiny, weights):
+    """Of lengths that are attended together, padded, and of one that stands alone."""
+    model = Transformer(tiny)
+    model.load_state_dict({name: torch.from_numpy(x) for name, x in weights.items()})
+    lengths = [3, 90, 1, 17, 65, 70]
+    tokens = torch.randint(tiny.vocab_size, (sum(lengths),))
+    together = model(tokens, lengths=lengths)
+    alone = torch.cat([model(row) for row in tokens.split(lengths)])
+    assert (together - alone).abs().max() < 1e-5 * alone.abs().max()
+
+
+def test_a_head_stands_in_for_the_unembedding(tiny):
+    model = Transformer(tiny)
+    tokens = torch.arange(7)
+    hidden = model(tokens, head=lambda x: x)
+    assert torch.equal(hidden @ model.unembedding.weight.T, model(tokens))
+
+
+def test_experts_stay_packed_on_the_way_back(tiny, weights):
+    """The gradient of what goes in is that of the decoded matrices, which autograd never keeps."""
+    stack = PackedTensor.of(encode(weights["block.0.mlp.mlp1_weight"]))
+    x = torch.randn(5, tiny.hidden_size, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        stack(x, 2).square().sum().backward()
+    assert stack.shape[1:] not in kept
+    [gradient], x.grad = [x.grad], None
+    (x @ stack.decode(torch.float32, 2).T).square().sum().backward()
+    assert torch.allclose(gradient, x.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_a_backend_runs_the_module_that_is_being_trained(tiny):
+    model = Transformer(tiny)
+    backend, tokens = TorchBackend.of(model), text(12, tiny)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.3)
+    seen = logits_of(backend, tokens, [5, 7])
+    assert np.abs(seen - model(torch.tensor(tokens)).detach().numpy()).max() < 1e-4

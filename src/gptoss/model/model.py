@@ -32,6 +32,7 @@ def forward(
     ops: Ops,
     config: ModelConfig,
     trace: Trace = no_trace,
+    layer: Callable[..., Array] | None = None,
 ) -> Array:
     """Logits of the token after each wanted one.
 
@@ -40,14 +41,16 @@ def forward(
         tokens: int [T], the new tokens of all rows, one row after another.
         positions: int [T], each token's place in its own row.
         wanted: int [W], indices into ``tokens``.
+        layer: ``decode_block`` with something around it: recomputed when training, or compiled.
 
     Returns:
         [W, V] logits, in the backend's compute dtype.
     """
+    layer = layer or decode_block
     x = ops.gather(w.embedding, tokens)  # [T, D]
     trace("embedding", x)
     for i, block in enumerate(w.block):
-        x = decode_block(block, x, positions, i, kv, ops, config, trace)  # [T, D]
+        x = layer(block, x, positions, i, kv, ops, config, trace)  # [T, D]
     x = ops.rms_norm(ops.gather(x, wanted), w.norm, config.rms_norm_eps)  # [W, D]
     trace("norm", x)
     logits = ops.linear(x, w.unembedding, None)  # [W, V]

@@ -11,6 +11,7 @@ from torch import Tensor
 from gptoss.backends.protocol import Batch, Cache, Sampling
 from gptoss.backends.sampling import sample_rows
 from gptoss.backends.torch.cache import TorchCache, TorchView
+from gptoss.backends.torch.modules import OPS, Transformer
 from gptoss.backends.torch.ops import PackedTensor, TorchOps, dtype_of, from_numpy
 from gptoss.errors import BackendUnavailable
 from gptoss.model import model
@@ -35,7 +36,7 @@ class TorchBackend:
         self, config: ModelConfig, read: Read, dtype: str = "bfloat16", device: str = "cpu"
     ) -> None:
         self.config, self.dtype, self.device = config, dtype_of(dtype), open_device(device)
-        self.ops = TorchOps()
+        self.ops: TorchOps = TorchOps()
 
         def load(name: str) -> Any:
             stored = read(name)
@@ -46,6 +47,17 @@ class TorchBackend:
             return tensor if expert else tensor.to(self.dtype)
 
         self.weights = build(config, load)
+
+    @classmethod
+    def of(cls, module: Transformer) -> "TorchBackend":
+        """Runs a module with the very tensors it trains, and its swapped parts: what is updated
+        there is at once what is sampled from here.
+        """
+        backend = cls.__new__(cls)
+        table = module.embedding.weight
+        backend.config, backend.dtype, backend.device = module.config, table.dtype, table.device
+        backend.ops, backend.weights = OPS, module.tree()
+        return backend
 
     def new_cache(self, *, max_tokens: int) -> TorchCache:
         """See ``Backend.new_cache``."""

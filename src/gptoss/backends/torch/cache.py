@@ -4,6 +4,8 @@ Attention is torch's fused kernel, which knows no sinks. Both entrances here are
 whose value is zero and whose score is the sink.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +17,7 @@ from gptoss.model.config import ModelConfig
 
 SPARE = 128  # tokens that a row can always be rewound from the longest it has been
 QUERIES = 512  # of one row, attended together at most
+GRAIN = 64  # rows whose lengths round up to the same multiple are padded to the longest
 SCORES = 1 << 23  # H * queries * keys, attended together at most
 
 
@@ -204,26 +207,63 @@ def attend_past(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: int | No
 
 
 class FullSequences:
-    """``KV`` of rows that are all new: training and teacher forcing. Nothing is kept."""
+    """``KV`` of rows that are all new: training and teacher forcing. Nothing is kept.
 
-    def __init__(self, lengths: list[int]) -> None:
+    Rows of about the same length are attended together, padded on the right with tokens that
+    causality hides.
+    """
+
+    def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths, self.longest = lengths, max(lengths)
+        self.even = all(n == self.longest for n in lengths)
+        self.groups: list[tuple[Tensor, int]] = []
+        self.home: Tensor | None = None
+        if not self.even:
+            self.groups, self.home = _grouped(lengths)
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: int | None
     ) -> Tensor:
         """See ``KV.attend``."""
-        if all(n == self.longest for n in self.lengths):
+        if self.even:
             q, k, v = (by_head(x, self.longest) for x in (q, k, v))
-            return attend_whole(q, k, v, sinks, window).transpose(1, 2).flatten(0, 1)
-        outs, start = [], 0
-        for n in self.lengths:
-            row = slice(start, start + n)
-            rq, rk, rv = (by_head(x[row], n) for x in (q, k, v))
-            mixed = attend_whole(rq, rk, rv, sinks, window)
-            outs.append(mixed[0].transpose(0, 1))
-            start += n
-        return torch.cat(outs)
+            return self.mix(layer, q, k, v, sinks, window).transpose(1, 2).flatten(0, 1)
+        outs = []
+        for where, length in self.groups:
+            here = where.to(q.device)
+            rq, rk, rv = (by_head(x.index_select(0, here), length) for x in (q, k, v))
+            outs.append(self.mix(layer, rq, rk, rv, sinks, window).transpose(1, 2).flatten(0, 1))
+        assert self.home is not None
+        return torch.cat(outs).index_select(0, self.home.to(q.device))
+
+    def mix(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: int | None
+    ) -> Tensor:
+        """Rows of one length: [B, H, T, d], [B, K, T, d] -> [B, H, T, d]."""
+        return attend_whole(q, k, v, sinks, window)
+
+
+def _grouped(lengths: Sequence[int]) -> tuple[list[tuple[Tensor, int]], Tensor]:
+    """Rows of about the same length together, and where each token is in what comes out.
+
+    Returns:
+        By group: int [B * length], the token at each place (the row's last one where it has ended),
+        and the group's length. Then int [T]: the place of each token in all the groups, joined.
+    """
+    groups: dict[int, list[tuple[int, int]]] = {}
+    start = 0
+    for n in lengths:
+        groups.setdefault(-(-n // GRAIN) * GRAIN, []).append((start, n))
+        start += n
+    home, offset, found = torch.empty(start, dtype=torch.long), 0, []
+    for rows in groups.values():
+        longest = max(n for _, n in rows)
+        place = torch.arange(longest)
+        found.append((torch.cat([first + place.clamp(max=n - 1) for first, n in rows]), longest))
+        for first, n in rows:
+            home[first : first + n] = offset + place[:n]
+            offset += longest
+    return found, home
 
 
 def by_head(x: Tensor, length: int) -> Tensor:

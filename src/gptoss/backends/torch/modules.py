@@ -10,14 +10,14 @@ checkpoint's. A router and an attention can be swapped for any callable.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gptoss.backends.torch.cache import FullSequences, by_head
+from gptoss.backends.torch.cache import FullSequences, attend_whole
 from gptoss.backends.torch.ops import PackedTensor, TorchOps, dtype_of, from_numpy
 from gptoss.checkpoint.open import LAYOUTS, open_checkpoint
 from gptoss.model import model, weights
@@ -59,7 +59,7 @@ class ModuleOps(TorchOps):
         self, x: Tensor, w: Any, chosen: Tensor, share: Tensor, config: ModelConfig
     ) -> Tensor:
         """See ``Ops.experts``."""
-        if isinstance(w.mlp1, Tensor | PackedTensor):
+        if w.mlp1_bias is not None:
             return super().experts(x, w, chosen, share, config)
         mixed: Tensor = w.mlp1(x, chosen, share)
         return mixed
@@ -169,20 +169,18 @@ class AttentionBlock(nn.Module):
             reset_parameters(own)
 
     def tree(self) -> weights.Attention:
-        """The parameters by the names the wiring reads."""
-        return weights.Attention(
-            norm=self.norm.scale,
-            qkv=self.qkv.weight,
-            qkv_bias=self.qkv.bias,
-            sinks=self.sinks,
-            out=self.out.weight,
-            out_bias=self.out.bias,
-        )
+        """The parameters by the names the wiring reads; a swapped part stands for its weights."""
+        tree = weights.Attention(self.norm.scale, self.qkv, None, self.sinks, self.out, None)
+        if type(qkv := self.qkv) is nn.Linear:
+            tree.qkv, tree.qkv_bias = qkv.weight, qkv.bias
+        if type(out := self.out) is nn.Linear:
+            tree.out, tree.out_bias = out.weight, out.bias
+        return tree
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """Positions: int [n] or [b, n]; by default each row starts at 0."""
         flat, where = x.reshape(-1, x.shape[-1]), _positions(x.shape[:-1], x.device, positions)
-        kv = _Rows(x.shape[:-1], {self.layer: self.attend})
+        kv = _Rows(_lengths(x.shape[:-1]), {self.layer: self.attend})
         out: Tensor = model.attention(
             self.tree(), flat, where, self.layer, kv, OPS, self.config, model.no_trace
         )
@@ -346,7 +344,10 @@ class Transformer(nn.Module):
         tokens: Tensor,
         positions: Tensor | None = None,
         *,
+        lengths: Sequence[int] | None = None,
         wanted: Tensor | None = None,
+        head: Callable[[Tensor], Tensor] | None = None,
+        layer: Callable[..., Tensor] | None = None,
         trace: model.Trace = model.no_trace,
     ) -> Tensor:
         """Logits of the token after each one.
@@ -354,26 +355,36 @@ class Transformer(nn.Module):
         Args:
             tokens: int [n] or [b, n]. Attention is causal, so padding on the right needs no mask.
             positions: int [n] or [b, n], by default each row starts at 0.
+            lengths: ``tokens`` [n] are rows of these lengths, one after another.
             wanted: int [W], indices into the flattened tokens; only their logits are computed.
-            trace: see ``model/model.py``.
+            head: stands in for the unembedding: [W, D] -> what is returned.
+            layer, trace: see ``model/model.py``.
 
         Returns:
-            [n, V] or [b, n, V]; [W, V] when ``wanted`` is given.
+            [n, V] or [b, n, V]; [W, V] when ``wanted`` is given; or what ``head`` returns.
         """
         where = _positions(tokens.shape, tokens.device, positions)
+        if lengths is not None and positions is None:
+            where = torch.cat([torch.arange(n, device=tokens.device) for n in lengths])
+        tree = self.tree()
+        tree.unembedding = tree.unembedding if head is None else head
         every = torch.arange(tokens.numel(), device=tokens.device)
         blocks: Any = self.block
         logits: Tensor = model.forward(
-            self.tree(),
+            tree,
             tokens.reshape(-1),
             where,
             every if wanted is None else wanted,
-            kv=_Rows(tokens.shape, {i: block.attn.attend for i, block in enumerate(blocks)}),
+            kv=_Rows(
+                _lengths(tokens.shape) if lengths is None else lengths,
+                {i: block.attn.attend for i, block in enumerate(blocks)},
+            ),
             ops=OPS,
             config=self.config,
             trace=trace,
+            layer=layer,
         )
-        return logits.view(*tokens.shape, -1) if wanted is None else logits
+        return logits.view(*tokens.shape, -1) if wanted is None and head is None else logits
 
 
 def reset_parameters(module: nn.Module, generator: torch.Generator | None = None) -> None:
@@ -425,22 +436,22 @@ def _zeros(*shape: int) -> nn.Parameter:
 
 
 class _Rows(FullSequences):
-    """``FullSequences`` of one [n] or [b, n], where a layer may bring its own attention."""
+    """``FullSequences``, where a layer may bring its own attention."""
 
-    def __init__(self, shape: torch.Size, attends: Mapping[int, Attend | None]) -> None:
-        batch = shape[0] if len(shape) == 2 else 1
-        super().__init__([shape[-1]] * batch)
+    def __init__(self, lengths: Sequence[int], attends: Mapping[int, Attend | None]) -> None:
+        super().__init__(lengths)
         self.attends = attends
 
-    def attend(
+    def mix(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: int | None
     ) -> Tensor:
-        """See ``KV.attend``."""
-        other = self.attends[layer]
-        if other is None:
-            return super().attend(layer, q, k, v, sinks, window)
-        q, k, v = (by_head(x, self.longest) for x in (q, k, v))
-        return other(q, k, v, sinks, window).transpose(1, 2).flatten(0, 1)
+        """See ``FullSequences.mix``."""
+        return (self.attends[layer] or attend_whole)(q, k, v, sinks, window)
+
+
+def _lengths(shape: torch.Size) -> list[int]:
+    """Of the rows of [n] or [b, n]."""
+    return [shape[-1]] * (shape[0] if len(shape) == 2 else 1)
 
 
 def _positions(shape: torch.Size, device: torch.device, given: Tensor | None) -> Tensor:

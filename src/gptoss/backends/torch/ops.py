@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gptoss.model.config import ModelConfig
 from gptoss.model.mxfp4 import BIAS, BLOCK, PAIRS, Packed
 from gptoss.model.reference import rope_tables
+from gptoss.model.weights import Mixture
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 IN_CACHE = 1 << 14  # blocks of MXFP4 decoded together: what stays in a core's cache is 10x faster
@@ -56,8 +57,11 @@ class TorchOps:
         order = visits.argsort(stable=True)  # by expert, then by token
         counts = visits.bincount(minlength=w.mlp1_bias.shape[0]).tolist()
         groups = torch.split(x.index_select(0, order // k), counts)  # E of [n, D]
+        each_w = Mixture(None, None, None, *map(apart, (w.mlp1, w.mlp1_bias, w.mlp2, w.mlp2_bias)))
         outs = [
-            expert(group, w, e, config.swiglu_limit) for e, group in enumerate(groups) if len(group)
+            expert(group, each_w, e, config.swiglu_limit)
+            for e, group in enumerate(groups)
+            if len(group)
         ]
         home = torch.empty_like(order)
         home[order] = torch.arange(T * k, device=x.device)
@@ -102,6 +106,11 @@ class PackedTensor(nn.Module):
         """Shape of the numbers that are packed."""
         return (*self.scales.shape[:-1], self.scales.shape[-1] * BLOCK)
 
+    def forward(self, x: Tensor, e: int) -> Tensor:
+        """``x`` by matrix ``e``: [n, columns] -> [n, rows]; differentiable by x."""
+        product: Tensor = _Decoded.apply(x, self, e)  # type: ignore[no-untyped-call]
+        return product
+
     def decode(self, dtype: torch.dtype, index: int | None = None) -> Tensor:
         """The numbers that ``gptoss.model.mxfp4.decode`` gives; ``index``: one matrix."""
         blocks, scales = self.blocks, self.scales
@@ -135,13 +144,37 @@ def wide(x: Tensor) -> Tensor:
 
 def expert(x: Tensor, w: Any, e: int, limit: float) -> Tensor:
     """Expert ``e`` alone: [n, D] -> [n, D]."""
-    hidden = F.linear(x, unpack(w.mlp1, e, x.dtype), w.mlp1_bias[e])  # [n, 2F]
-    return F.linear(swiglu(hidden, limit), unpack(w.mlp2, e, x.dtype), w.mlp2_bias[e])
+    hidden = multiply(x, w.mlp1, e, w.mlp1_bias[e])  # [n, 2F]
+    return multiply(swiglu(hidden, limit), w.mlp2, e, w.mlp2_bias[e])
 
 
-def unpack(stack: Tensor | PackedTensor, e: int, dtype: torch.dtype) -> Tensor:
-    """Matrix ``e`` of a stack, decoded if it is packed, cast if it is of another dtype."""
-    return stack.decode(dtype, e) if isinstance(stack, PackedTensor) else stack[e].to(dtype)
+def apart(stack: Any) -> Any:
+    """The matrices of a stack; of tensors all at once, for a slice's gradient is a whole stack."""
+    return stack.unbind() if isinstance(stack, Tensor) else stack
+
+
+def multiply(x: Tensor, stack: Any, e: int, bias: Tensor | None = None) -> Tensor:
+    """``x`` by matrix ``e`` of a stack: of tensors, packed, or a module that answers (x, e)."""
+    if isinstance(stack, Tensor | tuple):
+        return F.linear(x, stack[e].to(x.dtype), bias)
+    product: Tensor = stack(x, e)
+    return product if bias is None else product + bias.to(product.dtype)
+
+
+class _Decoded(torch.autograd.Function):
+    """x @ W.T, with a packed W that is decoded again on the way back and so is never kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stack: PackedTensor, e: int) -> Tensor:
+        ctx.stack, ctx.e, ctx.dtype = stack, e, x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return F.linear(x, stack.decode(x.dtype, e))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        decoded = ctx.stack.decode(gradient.dtype, ctx.e)
+        return (gradient @ decoded).to(ctx.dtype), None, None
 
 
 def swiglu(x: Tensor, limit: float) -> Tensor:
