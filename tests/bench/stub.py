@@ -8,6 +8,8 @@ import asyncio
 import json
 
 MODELS = ["steady", "other"]
+CROWD = 20  # whom "crowd" lets come together before it answers anybody
+TOGETHER = asyncio.Barrier(CROWD)
 
 
 def chunk(data):
@@ -42,6 +44,8 @@ async def stream(writer, path, asked, delay, gap):
         return writer.write(reply(200, b"{}"))
     writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n")
     writer.write(b"Content-Type: text/event-stream\r\n\r\n")
+    if model == "crowd":
+        await TOGETHER.wait()
     clock = asyncio.get_running_loop().time
     start = clock()
     if chat:

@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -183,12 +184,21 @@ class Terminal:
             while not self.seen.strip():
                 self.seen += os.read(self.master, 4096).decode(errors="replace")
         else:
-            time.sleep(
-                1
-            )  # a signal in the moment before it waits for keys, it notices with the next
+            self.settle()
         self.type("\x03")
         if effect is not None:
             self.expect(effect)
+
+    def settle(self):
+        """Until it waits for keys: a signal in the moment before that, it notices with the next."""
+        stat, used, still = Path(f"/proc/{self.process.pid}/stat"), None, 0
+        if not stat.exists():
+            return time.sleep(1)
+        while still < 10 and self.process.poll() is None:
+            time.sleep(0.05)
+            fields = stat.read_text().rpartition(")")[2].split()
+            before, used = used, fields[11:13]  # ticks of the processor
+            still = still + 1 if fields[0] == "S" and used == before else 0
 
     def end(self):
         status = self.process.wait(60)

@@ -1,6 +1,7 @@
 """A real server on loopback, started once: the packaged model behind uvicorn in a thread."""
 
 import json
+import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ WEATHER = {
         },
     },
 }
+LONG = 120  # seconds that nothing here should ever need
 ASKING = [{"role": "user", "content": "What is the weather in Paris?"}]
 
 
@@ -36,7 +38,11 @@ class Running:
         self.base = address.removesuffix("/v1")
 
     def client(self, **more):
-        return httpx2.Client(base_url=self.base, timeout=60, **more)
+        return httpx2.Client(base_url=self.base, timeout=LONG, **more)
+
+    def connect(self):
+        host, port = self.base.removeprefix("http://").split(":")
+        return socket.create_connection((host, int(port)), timeout=LONG)
 
     def post(self, path, body, **more):
         with self.client() as client:
@@ -51,12 +57,50 @@ class Running:
         stats = self.served.worker.stats
         return stats.running + stats.waiting
 
-    def idle(self, seconds=10):
+    def idle(self, seconds=30):
         """Wait until nothing runs; False if something still does."""
         end = time.monotonic() + seconds
         while self.busy and time.monotonic() < end:
             time.sleep(0.005)
         return not self.busy
+
+    def leave(self, path, body):
+        """Ask, and hang up once the engine is at it."""
+        data = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nhost: {self.base.removeprefix('http://')}\r\n"
+        head += f"content-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
+        with self.connect() as raw:
+            raw.sendall(head.encode() + data)
+            until(lambda: self.busy)
+
+    @contextmanager
+    def slowly(self):
+        """No token takes less than 50 ms: whoever asks for 1,500 is not done in a minute, however
+        long this thread is kept waiting meanwhile."""
+        backend = self.served.worker.engine.backend
+        forward = backend.forward
+
+        def slow(batch, cache, trace=None):
+            time.sleep(0.05 * len(batch.wanted))
+            return forward(batch, cache, trace)
+
+        backend.forward = slow
+        try:
+            yield
+        finally:
+            backend.forward = forward
+
+    def count_steps(self):
+        """From now on a request's seconds are steps of the engine."""
+        engine = self.served.worker.engine
+        engine.clock = lambda: engine.steps
+
+
+def until(come):
+    end = time.monotonic() + LONG
+    while not come():
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 @contextmanager
@@ -68,11 +112,11 @@ def running(grace=5.0, waiting=64, timeout=None, **more):
     thread = threading.Thread(target=server.run, args=([taken],))
     thread.start()
     try:
-        assert ready.wait(30)
+        assert ready.wait(LONG)
         yield Running(server, url(taken))
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(LONG)
         assert not thread.is_alive()
 
 

@@ -7,14 +7,13 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 
 import httpx2
 import pytest
 
 from gptoss.errors import GptOssError
 from gptoss.server.store import Record, Store
-from tests.server.conftest import running
+from tests.server.conftest import running, until
 from tests.server.test_responses_stream import finished
 
 
@@ -122,7 +121,17 @@ class Process:
     """``gptoss serve --store``, to be killed."""
 
     def __init__(self, path):
-        command = [sys.executable, "-m", "gptoss.cli", "serve", "nano", "--port", "0"]
+        command = [
+            sys.executable,
+            "-m",
+            "gptoss.cli",
+            "serve",
+            "nano",
+            "--port",
+            "0",
+            "--conversations",
+            "1",
+        ]
         self.process = subprocess.Popen(
             [*command, "--store", str(path)],
             stdout=subprocess.PIPE,
@@ -132,7 +141,7 @@ class Process:
         )
         url = self.process.stdout.readline().strip()
         assert url.startswith("http://"), "it did not start"
-        self.client = httpx2.Client(base_url=url, timeout=60)
+        self.client = httpx2.Client(base_url=url, timeout=120)
 
     def __enter__(self):
         return self.client
@@ -158,7 +167,8 @@ def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path):
                         break
         told.append(event["response"])
         long = {"min_tokens": 1500, "max_output_tokens": 1500}
-        cut = client.post("/responses", json={"input": "1", "background": True, **long}).json()
+        for _ in range(12):  # one after the other, so the last cannot be over in the meantime
+            cut = client.post("/responses", json={"input": "1", "background": True, **long}).json()
     with Process(path) as client:
         for response in told:
             assert client.get(f"/responses/{response['id']}").json() == response
@@ -204,10 +214,12 @@ def test_a_background_response_that_is_lost_says_so(server, monkeypatch):
 
 def test_a_server_that_stops_stores_what_it_leaves(tmp_path):
     path = tmp_path / "responses.db"
-    with running(grace=0.3, store=Store(path)) as up:
+    with running(grace=0.3, store=Store(path)) as up, up.slowly(), up.client() as client:
         body = {"input": "1", "background": True, "min_tokens": 1500, "max_output_tokens": 1500}
-        slow = up.post("/v1/responses", body).json()["id"]
-        time.sleep(0.05)
+        slow = client.post("/v1/responses", json=body).json()["id"]
+        until(lambda: client.get(f"/v1/responses/{slow}").json()["output"])
+        up.server.should_exit = True
+        until(lambda: not up.served.worker.alive)
 
     async def read(store):
         return (await store.get(slow)).response

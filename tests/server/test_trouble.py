@@ -1,10 +1,10 @@
 """Whatever arrives, the answer is a precise error in one form, and the next request is served."""
 
 import json
-import socket
 
 import pytest
 
+from gptoss.server.run import LARGEST_HEADER
 from tests.server.conftest import QUESTION, WEATHER
 
 CHAT = "/v1/chat/completions"
@@ -191,9 +191,9 @@ def test_what_is_ignored_is_named(server):
 
 
 def test_header_lines_without_end(server):
-    host, port = server.base.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as raw:
-        raw.sendall(b"GET / HTTP/1.1\r\n" + b"x: " + b"y" * (64 << 10))
+    with server.connect() as raw:
+        begun = b"GET / HTTP/1.1\r\nx: "
+        raw.sendall(begun + b"y" * (LARGEST_HEADER + 1 - len(begun)))
         assert b"400" in raw.recv(100)
 
 
@@ -201,8 +201,7 @@ def test_slow_headers_are_hung_up_on(server, monkeypatch):
     from gptoss.server import run
 
     monkeypatch.setattr(run, "HEADERS_WITHIN", 0.2)
-    host, port = server.base.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as raw:
+    with server.connect() as raw:
         raw.sendall(b"GET / HTTP/1.1\r\n")
         assert raw.recv(100) == b""
 
@@ -211,8 +210,7 @@ def test_slow_bodies_are_told_so(server, monkeypatch):
     from gptoss.server import gate
 
     monkeypatch.setattr(gate, "SLOWEST", 0.2)
-    host, port = server.base.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as raw:
+    with server.connect() as raw:
         raw.sendall(
             b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
             b"content-length: 10\r\n\r\n{"
