@@ -19,9 +19,9 @@ class StopStrings:
         """The text that is certain by now, with the tokens that begin in it."""
         self._held.append((text, drawn))
         whole = "".join(text for text, _ in self._held)
-        found = [(at, stop) for stop in self.stops if (at := whole.find(stop)) >= 0]
-        if found:
-            at, self.found = min(found)
+        found = [(at + len(s), at, s) for s in self.stops if (at := whole.find(s)) >= 0]
+        if found:  # the first to be complete counts, however tokens cut the text
+            _, at, self.found = min(found)
             return self._release(at, last=True)
         return self._release(len(whole) - self._promising(whole))
 
