@@ -49,12 +49,14 @@ ELSEWHERE = {
     "uvicorn": ("server",),
     "prometheus_client": ("server",),
     "torch": ("backends/torch", "backends/triton", "train"),
+    "matplotlib": ("train",),
     "triton": ("backends/triton",),
     "mlx": ("backends/mlx",),
     "ttnn": ("backends/ttnn",),
 }
 OPTIONAL = {
     "torch",
+    "matplotlib",
     "triton",
     "mlx",
     "ttnn",

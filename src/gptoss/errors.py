@@ -9,6 +9,8 @@
   + CacheMiss            the past that was asked for is no longer held; compute it again
   + Overloaded           more requests than may wait; try again later
   + GrammarError         a form asked of the answer cannot be held to
+  + TrainingError        a run cannot begin or go on: its data, its directory, its loss
+  + ToolUnavailable      a tool that was switched on cannot run here
 
 A wrong argument is a plain ``ValueError``. A broken promise between our own
 rooms is an ``assert``. Nothing else is raised on purpose.
@@ -49,3 +51,11 @@ class Overloaded(GptOssError):
 
 class GrammarError(GptOssError):
     """A form asked of the answer (a schema, a grammar) cannot be held to."""
+
+
+class ToolUnavailable(GptOssError):
+    """A tool that was switched on cannot run here."""
+
+
+class TrainingError(GptOssError):
+    """A training run cannot begin or go on: its data, its directory, or its loss."""

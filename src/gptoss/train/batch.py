@@ -1,0 +1,64 @@
+"""Documents packed one after another: no padding, nobody sees his neighbour, positions restart."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+IGNORE = -1  # a target that is not learned from
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """What the model reads, and what it is to say after each token."""
+
+    tokens: list[int]
+    targets: list[int]  # as long as tokens; IGNORE where nothing is learned
+    origin: str  # for messages: "chats.jsonl line 7"
+
+    @property
+    def trained(self) -> int:
+        """Tokens that are learned from."""
+        return sum(target != IGNORE for target in self.targets)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Documents that are computed together: part of one step."""
+
+    tokens: Tensor  # int [T]
+    lengths: list[int]  # of the documents, one after another
+    wanted: Tensor  # int [W], the tokens after which something is learned
+    targets: Tensor  # int [W], what
+    weights: Tensor  # float [W], how much each counts; of all batches of a step the sum is 1
+    share: float  # of the step's tokens
+    origin: str
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device."""
+        moved = {n: getattr(self, n).to(device) for n in ("tokens", "wanted", "targets", "weights")}
+        return replace(self, **moved)
+
+
+def collate(groups: Sequence[Sequence[Document]]) -> list[Batch]:
+    """One step's documents -> its batches; every learned token of the step counts the same."""
+    learned = sum(document.trained for group in groups for document in group)
+    read = sum(len(document.tokens) for group in groups for document in group)
+    batches = []
+    for group in groups:
+        tokens = torch.tensor([t for document in group for t in document.tokens])
+        targets = torch.tensor([t for document in group for t in document.targets])
+        wanted = (targets != IGNORE).nonzero().squeeze(1)
+        batches.append(
+            Batch(
+                tokens=tokens,
+                lengths=[len(document.tokens) for document in group],
+                wanted=wanted,
+                targets=targets[wanted],
+                weights=torch.full((len(wanted),), 1.0 / max(1, learned)),
+                share=len(tokens) / max(1, read),
+                origin=", ".join(dict.fromkeys(document.origin for document in group)),
+            )
+        )
+    return batches

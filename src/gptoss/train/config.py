@@ -1,0 +1,77 @@
+"""How a run goes: numbers that cannot exist wrong. What a field's help says is its meaning.
+
+Nothing here needs torch, so that the command line can be read without it.
+"""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+Schedule = Literal["constant", "linear", "cosine", "wsd"]
+NEW = {"save_every", "keep", "milestone", "threads", "tensorboard"}  # a run may go on with others
+
+
+def said(default: Any, text: str, least: float = 0.0, most: float = math.inf) -> Any:
+    """A field with its help and its bounds."""
+    return field(default=default, metadata={"help": text, "min": least, "max": most})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What every recipe shares. ValueError names a field that is out of its bounds."""
+
+    steps: int = said(1000, "updates of the parameters", 1)
+    lr: float = said(1e-4, "peak learning rate of AdamW")
+    muon: float | None = said(None, "train the matrices by Muon, with this peak learning rate")
+    weight_decay: float = said(0.0, "of AdamW, on matrices only")
+    beta1: float = said(0.9, "of AdamW", 0.0, 0.9999)
+    beta2: float = said(0.95, "of AdamW", 0.0, 0.999999)
+    warmup: int = said(20, "steps in which the rate rises")
+    schedule: Schedule = said("cosine", "how it falls; wsd: level first, then straight down")
+    decay: float = said(0.2, "wsd: share of the steps in which it falls", 0.0, 1.0)
+    floor: float = said(0.0, "where the rate ends, as a share of its peak", 0.0, 1.0)
+    clip: float = said(1.0, "longest gradient")
+    balance: float = said(0.0, "weight of the router's load-balancing loss")
+    autocast: bool = said(False, "compute in bfloat16; parameters keep their own dtype")
+    recompute: bool = said(False, "keep no activations inside layers: less memory, more time")
+    compile: bool = said(False, "compile layers with torch.compile")
+    seed: int = said(0, "of new parameters and of the order of the data")
+    save_every: int = said(200, "steps between checkpoints", 1)
+    keep: int = said(2, "newest checkpoints to keep", 1)
+    milestone: int | None = said(None, "keep every checkpoint at a multiple of so many steps", 1)
+    threads: int | None = said(None, "that compute; as many as there are cores", 1)
+    device: str = said("cpu", "cpu or cuda")
+    tensorboard: bool = said(False, "write for TensorBoard too")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def check(config: Any) -> None:
+    """Refuse a field that is out of its bounds."""
+    for one in fields(config):
+        value = getattr(config, one.name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        least, most = one.metadata["min"], one.metadata["max"]
+        if not least <= value <= most or math.isinf(value):  # false for NaN too
+            upper = "" if math.isinf(most) else f" and at most {most:g}"
+            raise ValueError(f"{one.name} must be at least {least:g}{upper}, not {value}")
+
+
+def rate(step: int, c: TrainConfig) -> float:
+    """The learning rate of a step, as a share of its peak."""
+    warm = min(1.0, (step + 1) / c.warmup) if c.warmup else 1.0
+    done = max(0, step - c.warmup) / max(1, c.steps - c.warmup)  # of what comes after warming up
+    match c.schedule:
+        case "constant":
+            level = 1.0
+        case "linear":
+            level = 1.0 - done
+        case "cosine":
+            level = 0.5 * (1.0 + math.cos(math.pi * done))
+        case "wsd":  # warm up, stay, decay: Hu et al. 2024, https://arxiv.org/abs/2404.06395
+            level = min(1.0, (1.0 - done) / c.decay) if c.decay else 1.0
+        case other:
+            raise ValueError(f"schedule must be constant, linear, cosine or wsd, not {other!r}")
+    return warm * (c.floor + (1.0 - c.floor) * level)

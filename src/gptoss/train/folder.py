@@ -1,0 +1,168 @@
+"""A run's directory: one run at a time, checkpoints that are whole or not there, exact resumption.
+
+    config.json       what was asked for; a run that goes on must ask for the same
+    metrics.jsonl     a line per step
+    states/00000200/  everything that step 200 ended with
+    lock              held by the process that trains
+
+A killed run leaves whole checkpoints and perhaps lines of steps that came after the last one; who
+goes on forgets those lines, computes the steps again, and gets the same numbers.
+"""
+
+import json
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptoss.checkpoint.staged import staged, sync
+from gptoss.errors import CheckpointError, TrainingError
+from gptoss.train.config import NEW
+
+try:
+    import fcntl
+except ImportError:  # Windows: nobody watches that two runs do not share a directory
+    fcntl = None  # type: ignore[assignment]
+
+
+class Folder:
+    """See the module. ``asked`` is what the run was begun with, as JSON holds it.
+
+    Raises:
+        TrainingError: another run is at work here, or one that was begun with something else.
+    """
+
+    def __init__(self, path: Path | str, asked: dict[str, Any]) -> None:
+        self.path = Path(path)
+        self.states, self.metrics = self.path / "states", self.path / "metrics.jsonl"
+        self.states.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(self.path)
+        try:
+            self._agree(json.loads(json.dumps(asked)))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let others train here."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _agree(self, asked: dict[str, Any]) -> None:
+        path = self.path / "config.json"
+        if self.latest() is not None:
+            begun = _read(path)
+            for name in sorted({*begun, *asked} - NEW):
+                if begun.get(name) != asked.get(name):
+                    raise TrainingError(
+                        f"{self.path}: this run was begun with {name} {begun.get(name)!r}, not "
+                        f"{asked.get(name)!r}. Go on with the same, or choose another directory."
+                    )
+        _replace(path, json.dumps(asked, indent=2) + "\n")
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint."""
+        steps = [p for p in self.states.iterdir() if p.name.isdigit()]
+        return max(steps, key=lambda p: int(p.name), default=None)
+
+    def load(self) -> dict[str, Any] | None:
+        """What the newest checkpoint holds; lines of later steps are removed from the metrics."""
+        newest = self.latest()
+        if newest is None:
+            self._forget(0)
+            return None
+        state = read_state(newest)
+        self._forget(state["step"])
+        return state
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """All of ``state``, or nothing. Raises CheckpointError; older checkpoints are untouched."""
+        target = self.states / f"{step:08}"
+        if target.exists():
+            return
+        with (
+            staged(target, _nbytes(state)) as partial,
+            (partial / "state.pt").open("wb") as file,
+        ):
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def prune(self, keep: int, milestone: int | None) -> None:
+        """Leave the ``keep`` newest checkpoints and the milestones."""
+        steps = sorted((p for p in self.states.iterdir() if p.name.isdigit()), key=lambda p: p.name)
+        for old in steps[:-keep]:
+            if not milestone or int(old.name) % milestone:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """A line of metrics."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The lines of metrics, without one that was cut off."""
+        found = []
+        if self.metrics.exists():
+            for line in self.metrics.read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError):
+                    found.append(json.loads(line))
+        return found
+
+    def _forget(self, step: int) -> None:
+        rows = [row for row in self.rows() if row["step"] <= step]
+        _replace(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint of a run holds. Raises CheckpointError if it cannot be read."""
+    try:
+        state: dict[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        raise CheckpointError(
+            f"{path}: cannot be read ({reason}); remove it, and the run goes on from the one before"
+        ) from None
+    return state
+
+
+def _nbytes(value: Any) -> int:
+    """Of all tensors inside."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    inner = value.values() if isinstance(value, dict) else value
+    return sum(map(_nbytes, inner)) if isinstance(value, dict | list | tuple) else 0
+
+
+def _locked(path: Path) -> int | None:
+    if fcntl is None:
+        return None
+    descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise TrainingError(
+            f"{path}: another run is training in this directory; wait for it or choose another"
+        ) from None
+    return descriptor
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{path}: cannot be read ({error}); is this a run's?") from None
+    return found
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a small file in one go."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    sync(new)
+    os.replace(new, path)

@@ -1,0 +1,218 @@
+"""The loop that every recipe shares: draw, loss, backward, clip, step, log, save; and going on.
+
+    trainer = Trainer(model, config, "runs/first", asked={"recipe": "sft", "model": "nano"})
+    trainer.run(draw, loss)
+
+A recipe is two functions:
+
+* ``draw(position)`` -> (the batches of one step, the position after them). A position is whatever
+  the recipe must be told to go on: numbers, lists, dicts, tensors. None is the beginning.
+* ``loss(batch)`` -> (its share of the step's loss, its share of the step's metrics). Both are
+  summed over the batches of a step; ``tokens`` among the metrics gives the speed.
+
+Whatever is drawn at random comes from torch's generator or from the position. So a run that was
+killed at any moment goes on from its last checkpoint with the same numbers, to the bit on a CPU.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from gptoss.errors import CheckpointError, GptOssError, TrainingError
+from gptoss.train.config import TrainConfig, rate
+from gptoss.train.folder import Folder
+from gptoss.train.optimize import optimizers
+from gptoss.train.show import Board, curves
+
+B = TypeVar("B")
+Row = dict[str, Any]
+Draw = Callable[[Any], tuple[list[B], Any]]
+PICTURE = 60.0  # seconds between two pictures of the curves
+Loss = Callable[[B], tuple[Tensor, dict[str, float]]]
+
+
+class Trainer(Generic[B]):
+    """One run in one directory.
+
+    Args:
+        model: what is trained: its parameters that want a gradient.
+        config: how.
+        path: the run's directory; if a run is there already, this one goes on from it.
+        asked: what else the run depends on; going on with something else is refused.
+        share: the learning rate of a step as a share of its peak, in place of the config's.
+        watch: is told each row of metrics.
+
+    Raises:
+        TrainingError: another run is at work there, or one that was begun with something else.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        path: Path | str,
+        *,
+        asked: dict[str, Any] | None = None,
+        share: Callable[[int], float] | None = None,
+        watch: Callable[[Row], None] | None = None,
+    ) -> None:
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        if config.device == "cpu":
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        self.model, self.config, self.watch = model, config, watch
+        self.share = share or (lambda step: rate(step, config))
+        self.folder = Folder(path, asdict(config) | (asked or {}))
+        self.optimizers = optimizers(model, config)
+        self.step, self.position, self.tokens = 0, None, 0.0
+        self._drawn = time.monotonic()
+        self.board = Board(self.folder.path, config.tensorboard)
+        torch.manual_seed(config.seed)
+        if (state := self.folder.load()) is not None:
+            self._restore(state)
+
+    def run(self, draw: Draw[B], loss: Loss[B]) -> None:
+        """Train to the last step. What goes wrong between two steps costs nothing.
+
+        Raises:
+            TrainingError: the loss is no number; the last checkpoint is kept.
+            CheckpointError: a checkpoint could not be written; the last one is kept.
+        """
+        try:
+            while self.step < self.config.steps:
+                began, random = time.perf_counter(), _random()
+                try:
+                    batches, after = draw(self.position)
+                    found = self._losses(batches, loss)
+                except Diverged:
+                    raise
+                except (GptOssError, ValueError, KeyboardInterrupt):
+                    self.save(random)
+                    raise
+                self._update(found)
+                self.position, self.step = after, self.step + 1
+                self._report(found, time.perf_counter() - began)
+                if self.step % self.config.save_every == 0 or self.step == self.config.steps:
+                    self.save()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Let others train here."""
+        self._draw()
+        self.board.close()
+        self.folder.close()
+
+    def _losses(self, batches: list[B], loss: Loss[B]) -> dict[str, float]:
+        """Gradients of all batches, and the sums of what they report; ``norm`` and ``rate`` too."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        found: dict[str, float] = {"loss": 0.0}
+        for batch in batches:
+            value, metrics = loss(batch)
+            if not math.isfinite(value.item()):
+                raise Diverged(self._no_number("loss", value.item(), [batch]))
+            value.backward()  # type: ignore[no-untyped-call]
+            for name, more in {"loss": value.item(), **metrics}.items():
+                found[name] = found.get(name, 0.0) + more
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip).item()
+        if not math.isfinite(norm):
+            raise Diverged(self._no_number("gradient", norm, batches))
+        return found | {"norm": norm, "rate": self.share(self.step)}
+
+    def _no_number(self, what: str, value: float, batches: list[B]) -> str:
+        origin = ", ".join(str(getattr(batch, "origin", "no name")) for batch in batches)
+        origin = origin if len(origin) <= 400 else f"{origin[:400]}..."
+        kept = self.folder.latest()
+        state = f"the checkpoint of step {int(kept.name)} is kept" if kept else "nothing was saved"
+        return (
+            f"{self.folder.path}: the {what} of step {self.step + 1} is {value}, in the batch of "
+            f"{origin}; {state}. Look at these examples, or train with a lower rate."
+        )
+
+    def _update(self, found: dict[str, float]) -> None:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * found["rate"]
+            optimizer.step()
+
+    def _report(self, found: dict[str, float], seconds: float) -> None:
+        self.tokens += found.get("tokens", 0.0)
+        row: Row = {"step": self.step, **found, "seen": self.tokens, "seconds": seconds}
+        row |= {"tokens_per_second": found.get("tokens", 0.0) / seconds, "memory": memory(self)}
+        self.folder.append(row)
+        self.board.add(row)
+        if self.watch is not None:
+            self.watch(row)
+
+    def save(self, random: dict[str, Any] | None = None) -> None:
+        """A checkpoint of now; ``random``: with the generators as they were then."""
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "position": self.position,
+            "model": trained(self.model),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "random": random or _random(),
+        }
+        try:
+            self.folder.save(self.step, state)
+        except CheckpointError as error:
+            kept = self.folder.latest()
+            last = f"from step {int(kept.name)}" if kept else "from its beginning"
+            raise CheckpointError(f"{error} The run goes on {last} once there is room.") from None
+        self.folder.prune(self.config.keep, self.config.milestone)
+        if time.monotonic() - self._drawn > PICTURE:
+            self._draw()
+
+    def _draw(self) -> None:
+        curves(self.folder.rows(), self.folder.path / "curves.png")
+        self._drawn = time.monotonic()
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        mine = dict(self.model.named_parameters())
+        if missing := set(trained(self.model)) ^ set(state["model"]):
+            raise TrainingError(
+                f"{self.folder.path}: its checkpoint and this model differ in {min(missing)}"
+            )
+        with torch.no_grad():
+            for name, tensor in state["model"].items():
+                mine[name].copy_(tensor)
+        for optimizer, its in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(its)
+        self.step, self.position, self.tokens = state["step"], state["position"], state["tokens"]
+        torch.set_rng_state(state["random"]["cpu"])
+        if state["random"]["cuda"]:
+            torch.cuda.set_rng_state_all(state["random"]["cuda"])
+
+
+class Diverged(TrainingError):
+    """A loss or a gradient that is no number."""
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes, by name."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def memory(trainer: Trainer[Any]) -> int:
+    """Most bytes in use so far: of the process, or on its GPU."""
+    if trainer.config.device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _random() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
