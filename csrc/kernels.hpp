@@ -82,6 +82,8 @@ struct Kernels {
     // a row of x [columns] -> row i of out; whether its scales are plain
     bool (*round_row)(const float* x, i64 columns, const Bytes& out, i64 i);
 
+    // numbers of bfloat16 as floats
+    void (*widen)(const std::uint16_t* x, i64 n, float* out);
     void (*rms_norm)(const float* x, const float* scale, i64 columns, float eps, float* out);
     // [2F] -> [F]
     void (*swiglu)(const float* x, i64 half, float limit, float* out);

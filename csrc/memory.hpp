@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <new>
 #include <utility>
@@ -11,6 +12,15 @@
 #endif
 
 namespace gptoss {
+
+// Begin to read a part of a mapped file. Asking for many parts before the first is touched, they
+// come from the disk side by side.
+inline void will_need([[maybe_unused]] const void* p, [[maybe_unused]] std::size_t bytes) {
+#ifdef __linux__
+    const auto at = reinterpret_cast<std::uintptr_t>(p), page = at & ~std::uintptr_t(4095);
+    madvise(reinterpret_cast<void*>(page), at - page + bytes, MADV_WILLNEED);
+#endif
+}
 
 template <class T>
 class Block {

@@ -53,6 +53,14 @@ void require(bool right, const char* what) {
     if (!right) throw nb::value_error(what);
 }
 
+// work(t) for each token; over all threads, where that is worth waking them.
+template <class Work>
+void for_tokens(i64 T, i64 cost, Work&& work) {
+    std::optional<Turn> turn;
+    if (cost >= Pool::WORTH) turn.emplace();
+    pool().run(T, [&](i64 t, int) { work(t); }, cost);
+}
+
 // A matrix and the Python arrays whose memory it reads.
 struct OwnedWeight : Weight {
     nb::object data, scales;
@@ -101,6 +109,20 @@ void bind_ops(nb::module_& m) {
         .def_prop_ro("rows", [](const OwnedWeight& w) { return w.stored.rows; })
         .def_prop_ro("columns", [](const OwnedWeight& w) { return w.stored.columns; });
 
+    m.def("gather",
+          [](Any table, In<std::int32_t, 1> rows, Out<float, 2> out) {
+              const i64 T = i64(rows.shape(0)), D = i64(out.shape(1)), N = table.ndim() == 2 ? i64(table.shape(0)) : 0;
+              const bool half = table.dtype() == nb::dtype<std::uint16_t>();
+              require(half || table.dtype() == nb::dtype<float>(), "gather: a table is float32 or, as uint16, bfloat16");
+              require(N && i64(table.shape(1)) == D && i64(out.shape(0)) == T, "gather: table [N, D], rows [T], out [T, D]");
+              require(std::all_of(rows.data(), rows.data() + T, [&](auto r) { return r >= 0 && r < N; }),
+                      "gather: a row that is not there");
+              const Matrix all{half ? Format::bf16 : Format::f32, table.data(), nullptr, N, D};
+              Turn turn;
+              gather(all, rows.data(), T, out.data());
+          },
+          "table"_a, "rows"_a, "out"_a, "out [T, D] = table[rows]");
+
     m.def("linear",
           [](In<float, 2> x, const OwnedWeight& w, std::optional<In<float, 1>> bias, Out<float, 2> out) {
               const i64 T = i64(x.shape(0)), O = w.stored.rows;
@@ -137,7 +159,9 @@ void bind_ops(nb::module_& m) {
               const i64 T = i64(scores.shape(0)), E = i64(scores.shape(1)), k = i64(chosen.shape(1));
               require(k <= E && i64(chosen.shape(0)) == T && i64(share.shape(0)) == T && i64(share.shape(1)) == k,
                       "route: chosen and share must be [T, k], k at most E");
-              route(scores.data(), T, E, k, chosen.data(), share.data());
+              for_tokens(T, T * E * k * 8, [&](i64 t) {
+                  route(scores.data() + t * E, E, k, chosen.data() + t * k, share.data() + t * k);
+              });
           },
           "scores"_a, "chosen"_a, "share"_a, "the k best of each row of scores [T, E], and the softmax over those");
 
@@ -145,7 +169,9 @@ void bind_ops(nb::module_& m) {
           [](In<float, 2> x, In<float, 1> scale, float eps, Out<float, 2> out) {
               const i64 T = i64(x.shape(0)), D = i64(x.shape(1));
               require(i64(scale.shape(0)) == D && out.size() == x.size(), "rms_norm: x, scale and out must agree");
-              for (i64 t = 0; t < T; t++) kernels().rms_norm(x.data() + t * D, scale.data(), D, eps, out.data() + t * D);
+              for_tokens(T, T * D * 4, [&](i64 t) {
+                  kernels().rms_norm(x.data() + t * D, scale.data(), D, eps, out.data() + t * D);
+              });
           },
           "x"_a, "scale"_a, "eps"_a, "out"_a);
 
@@ -156,9 +182,10 @@ void bind_ops(nb::module_& m) {
               require(d % 2 == 0 && x.stride(2) == 1 && (H == 1 || x.stride(1) == d), "rope: heads must lie together");
               require(out.size() == x.size() && i64(cos.size()) == T * half && i64(sin.size()) == T * half,
                       "rope: x, cos, sin and out must agree");
-              for (i64 t = 0; t < T; t++)
+              for_tokens(T, T * H * d * 4, [&](i64 t) {
                   kernels().rope(x.data() + t * x.stride(0), cos.data() + t * half, sin.data() + t * half, H, half,
                                  out.data() + t * H * d);
+              });
           },
           "x"_a, "cos"_a, "sin"_a, "out"_a);
 

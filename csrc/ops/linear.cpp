@@ -15,6 +15,7 @@ namespace {
 constexpr i64 FEW = 4;         // tokens up to which weights are decoded for each of them again
 constexpr i64 TILE_ROWS = 64;  // rows of bytes one thread takes at a time: they fit its own cache
 constexpr i64 SPLIT_ROWS = 48; // rows of floats
+constexpr i64 TOKENS = 12;     // at least, where tokens are cut
 constexpr i64 LONG_ROWS = 384; // rows that are read once: what is asked for ahead of the last ones is in vain
 
 // Memory that grows and is kept, without being filled.
@@ -147,16 +148,30 @@ void use_bytes(Weight& w, int planes) {
     });
 }
 
+void gather(const Matrix& table, const std::int32_t* rows, i64 T, float* out) {
+    const i64 D = table.columns, bytes = D * (table.format == Format::bf16 ? 2 : 4);
+    const auto* data = static_cast<const char*>(table.data);
+    for (i64 t = 0; t < T && T > 1; t++) will_need(data + rows[t] * bytes, std::size_t(bytes));
+    pool().run(T, [&](i64 t, int) {
+        const char* from = data + rows[t] * bytes;
+        if (table.format == Format::f32) std::memcpy(out + t * D, from, std::size_t(bytes));
+        else kernels().widen(reinterpret_cast<const std::uint16_t*>(from), D, out + t * D);
+    }, T * D * 16);
+}
+
 void linear(const float* x, i64 T, const Weight& w, const float* bias, float* out) {
     const i64 O = w.stored.rows;
     if (!T) return;
     for_linear.from(x, T, w.stored.columns, w.planes);
     std::int32_t* at = counting.get(T);
     std::iota(at, at + T, 0);
-    const i64 rows = w.planes ? share_of(O, TILE_ROWS, 16) : share_of(O, SPLIT_ROWS, 8);
-    pool().run((O + rows - 1) / rows, [&](i64 item, int) {
-        const i64 row = item * rows;
-        product(w, row, std::min(rows, O - row), for_linear, at, T, out + row, O, bias ? bias + row : nullptr);
+    // A few rows (the router's) are not cut: the tokens are.
+    const i64 rows = w.planes ? share_of(O, TILE_ROWS, 16) : O <= SPLIT_ROWS && T > FEW ? O : share_of(O, SPLIT_ROWS, 8);
+    const i64 tokens = rows == O && T > TOKENS ? share_of(T, T, TOKENS) : T, cuts = (T + tokens - 1) / tokens;
+    pool().run((O + rows - 1) / rows * cuts, [&](i64 item, int) {
+        const i64 row = item / cuts * rows, t = item % cuts * tokens;
+        product(w, row, std::min(rows, O - row), for_linear, at + t, std::min(tokens, T - t), out + t * O + row, O,
+                bias ? bias + row : nullptr);
     }, T * O * w.stored.columns);
 }
 
@@ -226,20 +241,18 @@ void experts(const float* x, i64 T, const ExpertWeights& w, const std::int32_t* 
     pool().run(T, gather, T * k * D * 4);
 }
 
-void route(const float* scores, i64 T, i64 E, i64 k, std::int32_t* chosen, float* share) {
-    for (i64 t = 0; t < T; t++, scores += E, chosen += k, share += k) {
-        bool doubt = false;
-        for (i64 e = 0; e < E; e++) doubt |= scores[e] != scores[e];
-        float total = 0;
-        for (i64 i = 0; i < k; i++) {
-            i64 best = -1;
-            for (i64 e = 0; e < E; e++)
-                if (std::find(chosen, chosen + i, e) == chosen + i && (best < 0 || scores[e] > scores[best])) best = e;
-            chosen[i] = std::int32_t(best);
-            total += share[i] = std::exp(scores[best] - scores[chosen[0]]);
-        }
-        for (i64 i = 0; i < k; i++) share[i] = doubt ? std::nanf("") : share[i] / total;
+void route(const float* scores, i64 E, i64 k, std::int32_t* chosen, float* share) {
+    bool doubt = false;
+    for (i64 e = 0; e < E; e++) doubt |= scores[e] != scores[e];
+    float total = 0;
+    for (i64 i = 0; i < k; i++) {
+        i64 best = -1;
+        for (i64 e = 0; e < E; e++)
+            if (std::find(chosen, chosen + i, e) == chosen + i && (best < 0 || scores[e] > scores[best])) best = e;
+        chosen[i] = std::int32_t(best);
+        total += share[i] = std::exp(scores[best] - scores[chosen[0]]);
     }
+    for (i64 i = 0; i < k; i++) share[i] = doubt ? std::nanf("") : share[i] / total;
 }
 
 void release_scratch() {

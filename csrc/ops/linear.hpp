@@ -23,6 +23,9 @@ struct Weight {
 // is; numbers are rounded to bytes, a scale to each 32 columns of a row, and `stored` is read once.
 void use_bytes(Weight& w, int planes);
 
+// out [T, columns] = rows of a table of float32 or bfloat16, which may be a file that has not been read.
+void gather(const Matrix& table, const std::int32_t* rows, i64 T, float* out);
+
 // out [T, w.rows] = x [T, w.columns] @ w.T + bias; bias may be null
 void linear(const float* x, i64 T, const Weight& w, const float* bias, float* out);
 
@@ -38,9 +41,9 @@ struct ExpertWeights {
 void experts(const float* x, i64 T, const ExpertWeights& w, const std::int32_t* chosen,
              const float* share, i64 k, float* out);
 
-// The k best of E scores, best first, of equal ones the first; and the softmax over just those, which
-// is NaN where any score is. scores: [T, E]; chosen, share: [T, k].
-void route(const float* scores, i64 T, i64 E, i64 k, std::int32_t* chosen, float* share);
+// The k best of a token's E scores, best first, of equal ones the first; and the softmax over just
+// those, which is NaN where any score is.
+void route(const float* scores, i64 E, i64 k, std::int32_t* chosen, float* share);
 
 // Gives back what the operations keep between calls, except each thread's own.
 void release_scratch();

@@ -282,16 +282,29 @@ struct TileRows {
         tile_block<R, M, P, powers>(w, tile, x, at + t, y, ahead);
         for (int r = 0; r < R; r++) {
             const i64 first = (tile + r) * 16, n = w.rows - first < 16 ? w.rows - first : 16;
-            for (int m = 0; m < M; m++)
-                for (i64 i = 0; i < n; i++)
-                    out[(t + m) * stride + first - row + i] = y[r][m][i] + (bias ? bias[first - row + i] : 0.f);
+            float* o = out + t * stride + first - row;
+            float b[16] = {};
+            if (bias) __builtin_memcpy(b, bias + first - row, std::size_t(n) * 4);
+            for (int m = 0; m < M; m++, o += stride) {
+                const F16 sum = add(load(y[r][m]), load(b));
+                if (n == 16) store(o, sum);
+                else store(y[r][m], sum), __builtin_memcpy(o, y[r][m], std::size_t(n) * 4);
+            }
         }
     }
     template <int R, int M = MOST>
-    void all(i64 tile, i64 tokens, i64 t = 0) const {
-        for (; t + M <= tokens; t += M) some<R, M>(tile, t);
-        if constexpr (M > 1)
-            if (t < tokens) all<R, M - 1>(tile, tokens, t);
+    void next(i64 tile, i64 t, i64 m) const {
+        if (m == M) return some<R, M>(tile, t);
+        if constexpr (M > 1) next<R, M - 1>(tile, t, m);
+    }
+    // Few tokens at a time leave registers idle: seven are four and three, not six and one.
+    template <int R>
+    void all(i64 tile, i64 tokens) const {
+        for (i64 t = 0, m; t < tokens; t += m) {
+            const i64 left = tokens - t;
+            m = left >= 2 * MOST ? MOST : left > MOST ? (left + 1) / 2 : left;
+            next<R>(tile, t, m);
+        }
     }
 };
 

@@ -1,5 +1,14 @@
 // The operations between the products. Included once per instruction set.
 
+static void widen(const std::uint16_t* x, i64 n, float* out) {
+    i64 i = 0;
+    for (; i + 16 <= n; i += 16) store(out + i, load_bf16(x + i));
+    for (; i < n; i++) {
+        const std::uint32_t bits = std::uint32_t(x[i]) << 16;
+        __builtin_memcpy(out + i, &bits, 4);
+    }
+}
+
 static void rms_norm(const float* x, const float* scale, i64 columns, float eps, float* out) {
     F16 squares = set(0);
     float rest = 0;

@@ -27,6 +27,7 @@ const Kernels table = {
     .unpack_tile = unpack_tile,
     .round_tile = round_tile,
     .round_row = round_row,
+    .widen = widen,
     .rms_norm = rms_norm,
     .swiglu = swiglu_row,
     .blend = blend,

@@ -141,13 +141,13 @@ static inline I16 widen4(const std::uint8_t* const p[4]) {
     return {_mm512_cvtepu8_epi32(_mm_shuffle_epi8(rows, turn))};
 }
 static inline void turn(const std::uint8_t* const p[16], std::int64_t skip, B64 out[4]) {
-    __m512i x[4];  // row i + 4 l in lane l
+    __m512i x[4];  // row i + 4 l in lane l; loads under a mask leave the unit for shuffles free
     for (int i = 0; i < 4; i++) {
         auto at = [&](int l) { return _mm_loadu_si128((const __m128i*)(p[i + 4 * l] + skip)); };
         x[i] = _mm512_castsi128_si512(at(0));
-        x[i] = _mm512_inserti32x4(x[i], at(1), 1);
-        x[i] = _mm512_inserti32x4(x[i], at(2), 2);
-        x[i] = _mm512_inserti32x4(x[i], at(3), 3);
+        x[i] = _mm512_mask_broadcast_i32x4(x[i], 0x00f0, at(1));
+        x[i] = _mm512_mask_broadcast_i32x4(x[i], 0x0f00, at(2));
+        x[i] = _mm512_mask_broadcast_i32x4(x[i], 0xf000, at(3));
     }
     __m512i a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpackhi_epi32(x[0], x[1]);
     __m512i c = _mm512_unpacklo_epi32(x[2], x[3]), d = _mm512_unpackhi_epi32(x[2], x[3]);

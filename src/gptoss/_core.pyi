@@ -22,6 +22,9 @@ class Weight:
     @property
     def columns(self) -> int: ...
 
+def gather(table: Any, rows: Any, out: Any) -> None:
+    """out [T, D] = table[rows], of float32 or (as uint16) bfloat16; rows int32 [T]."""
+
 def linear(x: Any, weight: Weight, bias: Any | None, out: Any) -> None:
     """out [T, O] = x [T, i] @ weight.T + bias."""
 

@@ -300,3 +300,24 @@ def test_a_scale_of_255_is_no_number():
 def test_what_does_not_fit_is_refused(call):
     with pytest.raises(ValueError):
         call(weight(np.zeros((4, 32), np.float32)))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float64])
+@pytest.mark.parametrize("width", [1, 16, 33])
+def test_gather_is_indexing(dtype, width):
+    table = np.random.default_rng(0).standard_normal((9, width)).astype(dtype)
+    for rows in ([], [8], [3, 0, 3, 8, 1]):
+        found = NativeOps().gather(table, np.array(rows, np.int32))
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, table[rows].astype(np.float32))
+
+
+def test_gather_refuses_what_is_not_there():
+    table, out = np.zeros((3, 4), np.float32), np.empty((1, 4), np.float32)
+    for row in (3, -1):
+        with pytest.raises(ValueError, match="a row that is not there"):
+            _core.gather(table, np.array([row], np.int32), out)
+    with pytest.raises(ValueError, match="table"):
+        _core.gather(table[:, :3].copy(), np.array([0], np.int32), out)
+    with pytest.raises(ValueError, match="bfloat16"):
+        _core.gather(table.astype(np.float64), np.array([0], np.int32), out)

@@ -24,7 +24,12 @@ class NativeOps:
 
     def gather(self, table: Any, rows: npt.NDArray[np.int32]) -> Floats:
         """See ``Ops.gather``."""
-        return widened(table[rows])
+        if table.dtype.name not in ("bfloat16", "float32"):
+            return widened(table[rows])
+        bits = table.view(np.uint16) if table.dtype.name == "bfloat16" else table
+        out = np.empty((len(rows), table.shape[1]), np.float32)
+        _core.gather(bits, np.asarray(rows, np.int32), out)
+        return out
 
     def rms_norm(self, x: Floats, scale: Floats, eps: float) -> Floats:
         """See ``Ops.rms_norm``."""
