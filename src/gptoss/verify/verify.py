@@ -1,0 +1,314 @@
+"""Layer by layer, token by token: a backend against the reference in float64.
+
+Isolated, each layer gets the reference's input, so what is wrong in it is wrong there. Propagated,
+the whole model runs as it does in life, and errors add up. Both are allowed ``SLACK`` times the
+error of the reference itself when it rounds as the backend does (``precision.py``).
+
+Where the backend routes a token otherwise, the reference follows if the backend's own scores say
+so: whether those are near enough is asked at the scores, and not again of the experts behind.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from gptoss.model.config import ModelConfig
+from gptoss.model.reference import NDArray, NumpyOps
+from gptoss.model.weights import Block, Read
+from gptoss.verify.candidate import Candidate, forward, host, slices, stepwise
+from gptoss.verify.layers import (
+    Points,
+    SteeredOps,
+    experts_of,
+    load_block,
+    regret,
+    rerouted,
+    run_layer,
+)
+from gptoss.verify.precision import Precision, RoundedOps
+
+SLACK = 5.0  # times the reference's own error when it rounds the same
+LAST = 4  # tokens of each text that are also computed one by one
+EPS = float(np.finfo(np.float32).eps)
+MODES = ("isolated", "propagated")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One trace point in one mode: where the error was largest, beside what is allowed."""
+
+    mode: str  # isolated, propagated, or stepwise
+    point: str
+    text: int  # which text
+    token: int  # of that text
+    error: float  # largest difference, relative to the token's largest value
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether it is small enough; NaN is not."""
+        return self.error <= self.allowed
+
+    def __str__(self) -> str:
+        return (
+            f"[{'OK' if self.ok else 'WRONG'}] {self.point} token {self.token} {self.error:.1e} "
+            f"(text {self.text}, {self.mode}, allowed {self.allowed:.1e})"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything."""
+        return {**asdict(self), "ok": self.ok}
+
+
+See = Callable[[Finding], None]
+
+
+def verify(
+    candidate: Candidate,
+    texts: Sequence[Sequence[int]],
+    see: See,
+    *,
+    against: Candidate | None = None,
+    modes: Sequence[str] = MODES,
+) -> None:
+    """Compare at every trace point, in the order of the model; each text is a row of tokens.
+
+    Args:
+        see: is given each finding as soon as it is there.
+        against: another backend in the reference's place, which then follows nobody's routing.
+    """
+    rows = [np.asarray(text, np.int32) for text in texts]
+    judge = Judge(candidate, against, rows, see, isolated="isolated" in modes)
+    if "propagated" not in modes:
+        judge.embedding(None)
+        for layer in range(candidate.config.num_hidden_layers):
+            judge.layer(layer, None)
+        judge.head(None, None)
+        return
+    own: Points = {}
+
+    def trace(name: str, x: Any) -> None:
+        own[name] = host(x)
+        if name == "embedding":
+            judge.embedding(own.pop(name))
+        elif name.count(".") == 1:  # block.N: the layer is complete
+            judge.layer(int(name.removeprefix("block.")), own)
+            own.clear()
+
+    backend = candidate.open()
+    logits = forward(backend, rows, range(sum(map(len, rows))), trace)
+    judge.head(own["norm"], logits)
+    judge.steps(stepwise(backend, rows, min(LAST, *map(len, rows))), logits)
+
+
+class Judge:
+    """Where the reference has come to, and what it says of each layer."""
+
+    def __init__(
+        self,
+        candidate: Candidate,
+        against: Candidate | None,
+        rows: list[NDArray],
+        see: See,
+        *,
+        isolated: bool,
+    ) -> None:
+        self.candidate, self.against, self.see, self.isolated = candidate, against, see, isolated
+        self.config: ModelConfig = candidate.config
+        self.read: Read = candidate.read
+        precisions = [c.precision for c in (candidate, against) if c is not None]
+        self.precision: Precision = max(precisions, key=_coarseness)
+        self.starts = np.cumsum([0, *map(len, rows)])
+        self.tokens = np.concatenate(rows)
+        self.true = self.rounded = np.empty(0)  # what comes in at the next layer: [T, D]
+        self.alive = np.ones(len(self.tokens), bool)  # tokens that are routed alike so far
+
+    def embedding(self, own: NDArray | None) -> None:
+        """Before the first layer."""
+        table = self.read("embedding.weight")
+        assert isinstance(table, np.ndarray)
+        self.true = table[self.tokens].astype(np.float64)
+        self.rounded = self.precision.result(self.true.astype(np.float32))
+        if own is not None:
+            self._compare(
+                "propagated", {"embedding": own}, {"embedding": self.true}, {"embedding": EPS}
+            )
+
+    def layer(self, layer: int, own: Points | None) -> None:
+        """One layer, in every mode; ``own``: what the whole model made of it."""
+        experts = {
+            name: experts_of(self.read(f"block.{layer}.{name}"))
+            for name in ("mlp.mlp1_weight", "mlp.mlp2_weight")
+        }
+        block = load_block(self.read, layer, experts, np.float64)
+        true = self._true(layer, block, own)
+        alone, along = self._noise(layer, experts, true)
+        if self.isolated:
+            ours = self.candidate.layer(layer, self.true, self.starts)
+            same = rerouted(true, layer, ours[f"block.{layer}.mlp.chosen"], block, self.config)
+            self._compare("isolated", ours, same, alone)
+        if own is not None:
+            chosen = f"block.{layer}.mlp.chosen"
+            apart = (np.sort(own[chosen]) != np.sort(true[chosen])).any(axis=-1)
+            self._compare("propagated", own, true, along, apart)
+            self._forget(apart)
+        self.true = true[f"block.{layer}"]
+
+    def _true(self, layer: int, block: Block, own: Points | None) -> Points:
+        if self.against is not None:
+            return self.against.layer(layer, self.true, self.starts)
+        ops = NumpyOps()
+        if own is not None:
+            scores, chosen = (own[f"block.{layer}.mlp.{x}"] for x in ("gate", "chosen"))
+            ops = SteeredOps(chosen, regret(scores, chosen) <= self._ties(scores))
+        return run_layer(block, layer, self.true, self.starts, self.config, ops)
+
+    def _ties(self, scores: NDArray) -> NDArray:
+        """[T]: scores so near each other are one, in the arithmetic that compares them."""
+        return (2.0**-8 if self.precision.results else 8 * EPS) * np.abs(scores).max(axis=-1)
+
+    def _noise(
+        self, layer: int, experts: dict[str, Any], true: Points
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """The rounding reference's relative error at each point, isolated and propagated."""
+        T, p = len(self.tokens), self.precision
+        block = load_block(self.read, layer, experts, np.float32, p)
+        x = np.concatenate([p.result(self.true.astype(np.float32)), self.rounded])
+        starts = np.concatenate([self.starts, T + self.starts[1:]])
+        chosen = np.concatenate([true[f"block.{layer}.mlp.chosen"]] * 2).astype(np.intp)
+        both = run_layer(block, layer, x, starts, self.config, RoundedOps(p, chosen), p)
+        self.rounded = both[f"block.{layer}"][T:]
+        halves = ({n: v[:T] for n, v in both.items()}, {n: v[T:] for n, v in both.items()})
+        alone, along = ({n: _worst(v, true[n]) for n, v in half.items()} for half in halves)
+        return alone, along
+
+    def head(self, norm: NDArray | None, logits: NDArray | None) -> None:
+        """The last norm, and logits some rows of the vocabulary at a time."""
+        scale, eps = self.read("norm.scale"), self.config.rms_norm_eps
+        unembedding = self.read("unembedding.weight")
+        assert isinstance(scale, np.ndarray) and isinstance(unembedding, np.ndarray)
+        ops = RoundedOps(self.precision)
+        wide = NumpyOps().rms_norm(self.true, scale.astype(np.float64), eps)
+        narrow = [
+            ops.rms_norm(x, scale.astype(np.float32), eps)
+            for x in (self.precision.result(self.true.astype(np.float32)), self.rounded)
+        ]
+        noise = [{"norm": _worst(x, wide)} for x in narrow]
+        tally = {mode: Tally(len(wide)) for mode in ("noise0", "noise1", "isolated", "propagated")}
+        heads = self.candidate.head(self.true) if self.isolated else None
+        for rows in slices(self.config.vocab_size):
+            true = wide @ unembedding[rows].astype(np.float64).T
+            held = self.precision.weight("unembedding.weight", unembedding[rows].astype(np.float32))
+            for i, x in enumerate(narrow):
+                tally[f"noise{i}"].add(ops.linear(x, held, None), true)
+            if heads is not None:
+                _, ours = next(heads)
+                tally["isolated"].add(ours["logits"], true)
+                if not rows.start:
+                    first = ours["norm"]
+            if logits is not None:
+                tally["propagated"].add(logits[:, rows], true)
+        for i in (0, 1):
+            noise[i]["logits"] = float(tally[f"noise{i}"].errors.max())
+        self.allowed = noise[1]["logits"]
+        if heads is not None:
+            self._compare("isolated", {"norm": first}, {"norm": wide}, noise[0])
+            self._find("isolated", "logits", tally["isolated"].errors, noise[0])
+        if logits is not None and norm is not None:
+            self._compare("propagated", {"norm": norm}, {"norm": wide}, noise[1])
+            errors = np.where(self.alive, tally["propagated"].errors, 0.0)
+            self._find("propagated", "logits", errors, noise[1])
+
+    def steps(self, own: NDArray, whole: NDArray) -> None:
+        """Logits of tokens that came one by one, against the same model's all at once."""
+        last = len(own) // (len(self.starts) - 1)
+        ends = np.concatenate([np.arange(stop - last, stop) for stop in self.starts[1:]])
+        errors = np.zeros(len(self.tokens))
+        errors[ends] = relative(own, whole[ends])
+        self._find("stepwise", "logits", errors, {"logits": self.allowed})
+
+    def _forget(self, apart: NDArray) -> None:
+        """What follows a token that was routed otherwise has another past from here on."""
+        for start, stop in zip(self.starts[:-1], self.starts[1:], strict=True):
+            if apart[start:stop].any():
+                self.alive[start + int(apart[start:stop].argmax()) : stop] = False
+
+    def _compare(
+        self,
+        mode: str,
+        ours: Points,
+        true: Points,
+        noise: dict[str, float],
+        apart: NDArray | None = None,
+    ) -> None:
+        alive = self.alive if mode == "propagated" else np.ones_like(self.alive)
+        for name in true:
+            if name not in ours:
+                self._find(mode, name, np.full(len(alive), np.inf), noise)
+                continue
+            if name.endswith(".mlp.chosen"):
+                gate = ours[name.replace(".chosen", ".gate")]
+                errors = regret(gate, ours[name]) / np.abs(gate).max(axis=-1)
+                self._find(mode, name, errors, {name: noise[name.replace("chosen", "gate")]})
+                if apart is not None:
+                    alive = alive & ~apart
+                continue
+            errors = np.where(alive, relative(ours[name], true[name]), 0.0)
+            self._find(mode, name, errors, noise)
+
+    def _find(self, mode: str, point: str, errors: NDArray, noise: dict[str, float]) -> None:
+        worst = int(np.argmax(np.where(np.isnan(errors), np.inf, errors)))
+        text = int(np.searchsorted(self.starts, worst, side="right")) - 1
+        self.see(
+            Finding(
+                mode=mode,
+                point=point,
+                text=text,
+                token=worst - int(self.starts[text]),
+                error=float(errors[worst]),
+                allowed=SLACK * max(noise[point], EPS),
+            )
+        )
+
+
+class Tally:
+    """Errors of logits that come some rows of the vocabulary at a time."""
+
+    def __init__(self, tokens: int) -> None:
+        self.apart, self.size = np.zeros(tokens), np.zeros(tokens)
+
+    def add(self, ours: NDArray, true: NDArray) -> None:
+        """Some more rows, of every token."""
+        apart = np.abs(ours - true).max(axis=-1)
+        self.apart = np.maximum(self.apart, np.where(np.isnan(apart), np.inf, apart))
+        self.size = np.maximum(self.size, np.abs(true).max(axis=-1))
+
+    @property
+    def errors(self) -> NDArray:
+        """[T], relative to each token's largest logit."""
+        return self.apart / np.where(self.size > 0, self.size, 1.0)
+
+
+def relative(ours: NDArray, true: NDArray) -> NDArray:
+    """[T]: the largest difference over the token's largest value; infinite for another shape."""
+    if ours.shape != true.shape:
+        return np.full(len(true), np.inf)
+    axes = tuple(range(1, true.ndim))
+    apart, size = np.abs(ours - true).max(axis=axes), np.abs(true).max(axis=axes)
+    return np.where(np.isfinite(apart), apart / np.where(size > 0, size, 1.0), np.inf)
+
+
+def _worst(ours: NDArray, true: NDArray) -> float:
+    return float(relative(ours, true).max())
+
+
+def _coarseness(p: Precision) -> tuple[bool, int, int]:
+    return p.results, -(p.dense or 99), -(p.experts or 99)
+
+
+def texts(vocabulary: int, lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
+    """Random tokens, the same every time."""
+    draw = np.random.default_rng(seed)
+    return [draw.integers(0, vocabulary, n).tolist() for n in lengths]
