@@ -14,7 +14,7 @@ SRC = Path(__file__).parents[1] / "src" / "gptoss"
 FLOORS = [
     {"errors"},
     {"model", "text"},
-    {"checkpoint", "grammar"},
+    {"checkpoint", "grammar", "tools"},
     {"backends"},
     {"engine"},
     {"llm"},
@@ -48,6 +48,7 @@ ELSEWHERE = {
     "pydantic": ("server",),
     "uvicorn": ("server",),
     "prometheus_client": ("server",),
+    "mcp": ("tools",),
     "torch": ("backends/torch", "backends/triton", "train"),
     "matplotlib": ("train",),
     "triton": ("backends/triton",),
@@ -67,6 +68,7 @@ OPTIONAL = {
     "pydantic",
     "uvicorn",
     "prometheus_client",
+    "mcp",
 }  # the package works without
 WHOLE = ("train", "server")  # rooms that need theirs altogether
 COMPILED = ("backends/native", "bench")  # who calls gptoss._core: to run models, to measure
