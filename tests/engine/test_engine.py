@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -125,8 +126,13 @@ def squeezes(draw):
     st.data(),
 )
 def test_no_schedule_changes_an_answer_or_leaks_a_slot(asked, squeeze, window, data):
+    with patch("gptoss.engine.scheduler.WORTH", data.draw(st.sampled_from([1, 32]))):
+        scheduled(asked, squeeze, window, data)
+
+
+def scheduled(asked, squeeze, window, data):
     engine = Engine(Scripted(markov, window=window), **squeeze)
-    streams, cancelled = [], set()
+    streams, cancelled, stopped = [], set(), set()
     for request in asked:
         streams.append(engine.submit(request))
         for _ in range(data.draw(st.integers(0, 12))):
@@ -135,11 +141,16 @@ def test_no_schedule_changes_an_answer_or_leaks_a_slot(asked, squeeze, window, d
             victim = data.draw(st.integers(0, len(streams) - 1))
             cancelled |= {victim} if streams[victim].finish is None else set()
             streams[victim].cancel()
+        if data.draw(st.integers(0, 5)) == 0:
+            victim = data.draw(st.integers(0, len(streams) - 1))
+            stopped.add(victim)
+            streams[victim].stop(len(streams[victim].answers) - 1)
         assert not slots_in_use(engine)
     for i, (request, stream) in enumerate(zip(asked, streams, strict=True)):
         truth, got = alone(request), answers(stream)
-        if i in cancelled:
-            assert stream.finish == "cancelled"
+        if i in cancelled or i in stopped:
+            assert stream.finish == "cancelled" or i in stopped
+            assert all(b == a for a, b in list(zip(truth, got, strict=True))[:-1]) or i in cancelled
             assert all(b == a[: len(b)] for a, b in zip(truth, got, strict=True))
         else:
             assert got == truth and stream.finish in ("stop", "length")
@@ -278,6 +289,37 @@ def test_the_rows_of_a_cancelled_request_are_gone_at_once():
         stream.cancel()
     assert not engine.step() and not engine.scheduler.cache.reserved
     assert [(s.finish, len(list(s))) for s in streams] == [("cancelled", n) for n in (1, 1, 0)]
+
+
+def test_one_of_several_answers_can_be_ended():
+    request = Request(prompt=[1], n=3, max_tokens=20, sampling=Sampling(), seed=4)
+    engine = Engine(Scripted(markov), vocab_size=SMALL)
+    stream = engine.submit(request)
+    stream.stop(2)  # nothing was drawn: there are no three yet
+    for _ in range(4):
+        engine.step()
+    stream.stop(1)
+    stream.stop(1)
+    assert len(engine.scheduler.running) == 2 and not slots_in_use(engine)
+    first, second, third = alone(request)
+    assert answers(stream) == [first, second[: len(stream.answers[1].tokens)], third]
+    assert [a.finish for a in stream.answers] == ["length", "stop", "length"]
+    assert len(stream.answers[1].tokens) < 20 and stream.finish == "length"
+
+
+def test_a_listener_ends_an_answer_at_its_token():
+    """With guesses behind it that would have been right."""
+    found = []
+
+    def listen(drawn):
+        if drawn is not None and drawn.row == 1 and drawn.token == 5:
+            found.append(drawn)
+            stream.stop(1)
+
+    engine = Engine(Scripted(lambda tokens: np.eye(64)[(tokens[-1] + 1) % 9] * 9))
+    stream = engine.submit(Request(prompt=[1], n=2, max_tokens=40), listen)
+    assert [len(a) for a in answers(stream)] == [40, 4] and len(found) == 1
+    assert stream.answers[1].tokens == [2, 3, 4, 5] and not slots_in_use(engine)
 
 
 def test_leaving_a_with_block_cancels():

@@ -127,6 +127,24 @@ def test_who_is_not_to_be_remembered_is_not():
     assert not engine.scheduler.cache.reserved
 
 
+@pytest.mark.parametrize("step_tokens", [8, 64, 1000])
+def test_requests_that_come_together_compute_their_common_beginning_once(step_tokens):
+    """Up to where the first one says that others may part from it."""
+    config, shared = replace(CONFIG, initial_context_length=1024), [7] * 100
+    backend = Scripted(config=config, window=8)
+    engine = Engine(backend, max_tokens=1000, step_tokens=step_tokens)
+    prompts = [[*shared, i, 1, 2] for i in range(4)] + [[9, 1, 2]]
+    streams = [
+        engine.submit(Request(prompt=p, max_tokens=2, boundaries=[100] if len(p) > 9 else []))
+        for p in prompts
+    ]
+    assert [len(list(s)) for s in streams] == [2] * 5
+    assert [s.reused for s in streams] == [0, 100, 100, 100, 0] and not slots_in_use(engine)
+    assert computed(backend) == 103 + 3 * 3 + 3 + 5  # and the first of two tokens each
+    alone = [Engine(Scripted(config=config)).submit(s.request) for s in streams]
+    assert [[d.token for d in a] for a in alone] == [s.answers[0].tokens for s in streams]
+
+
 def turns(count):
     """Prompts of a conversation, each with what the model then says: thoughts that the next prompt
     leaves out, and an answer that stays. Tokens 60 begin a message."""

@@ -109,6 +109,19 @@ def test_a_stop_string_cuts_text_and_tokens(server):
     assert "".join(said).startswith(cut["text"])
 
 
+def test_an_answer_that_a_stop_string_ended_is_drawn_no_further(server):
+    """Of two only one comes to its stop string; the other goes on."""
+    how = {"n": 2, "seed": 3, "temperature": 1, "ignore_eos": True, "max_tokens": 25}
+    both = [c["text"] for c in complete(server, **how)["choices"]]
+    stop = next(c for c in both[0][1:] if c not in both[1])
+    before = server.served.worker.stats.completion
+    with server.slowly():
+        said = complete(server, stop=stop, **how)["choices"]
+    assert [c["text"] for c in said] == [both[0][: both[0].index(stop)], both[1]]
+    assert [c["finish_reason"] for c in said] == ["stop", "length"]
+    assert server.served.worker.stats.completion - before < 2 * 25
+
+
 def test_the_best_of_several(server):
     how = {"temperature": 2, "seed": 3, "max_tokens": 8, "logprobs": 0}
     best = complete(server, best_of=4, **how)

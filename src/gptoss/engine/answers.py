@@ -38,7 +38,7 @@ class Answers:
                 self.end(turn.row.stream, "error", error)
         self._sample([d for d in draws if d.row.plain and not d.row.request.beams], logits)
         for draw in draws:
-            if draw.row.stream.finish is not None:
+            if draw.row.over:
                 continue  # ended by what came before, in its other rows or in a listener
             try:
                 self._advance(draw, logits)
@@ -53,6 +53,12 @@ class Answers:
             if row.stream is stream:
                 self.scheduler.release(row, remember=error is None)
         stream.end(finish, error)
+
+    def stop(self, stream: Stream, answer: int) -> None:
+        """End one of n answers; nothing happens before its first token."""
+        for row in [*self.scheduler.running, *self.scheduler.waiting]:
+            if row.stream is stream and row.index == answer and row.split and row.search is None:
+                self._finish(row, "stop")
 
     def _took(self, turn: Turn, logits: Logits, end: int) -> list[Draw]:
         """A turn's tokens are in the cache now. What is to be drawn behind them."""
@@ -119,7 +125,7 @@ class Answers:
             row.held += 1  # the cache has it, as a guess
         if draft:
             self._judge(row, len(draft), right)
-        if row.stream.finish is not None:
+        if row.over:
             return
         if finish:
             self._finish(row, finish)
@@ -169,7 +175,9 @@ class Answers:
             row.drawn.append(drawn)
         if token in request.stop_tokens:
             return "stop"
-        return "length" if len(row.tokens) >= row.limit else stream.finish
+        if row.over:  # a listener has had enough
+            return stream.finish or "stop"
+        return "length" if len(row.tokens) >= row.limit else None
 
     def _judge(self, row: Row, drafted: int, right: int) -> None:
         """Learn from a draft."""

@@ -148,9 +148,12 @@ class Engine:
             self.scheduler.restart(self._new_cache())
             raise
 
-    def cancel(self, stream: Stream) -> None:
-        """End a request now; its room is free at once."""
-        self.answers.end(stream, "cancelled")
+    def cancel(self, stream: Stream, answer: int | None = None) -> None:
+        """End a request, or one of its answers (see ``Stream.stop``); the room is free at once."""
+        if answer is None:
+            self.answers.end(stream, "cancelled")
+        else:
+            self.answers.stop(stream, answer)
 
     def abandon(self, error: Exception) -> None:
         """End everything with an error that no request can be blamed for."""

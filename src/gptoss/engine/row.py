@@ -63,6 +63,13 @@ class Row:
         return len(self.tokens) - self.held
 
     @property
+    def over(self) -> bool:
+        """Whether its request has ended, or its answer of several."""
+        stream = self.stream
+        alone = self.search is None and stream.answers[self.index].finish is not None
+        return alone or stream.finish is not None
+
+    @property
     def answer(self) -> list[int]:
         """Tokens drawn."""
         return self.tokens[self.start :]

@@ -15,6 +15,7 @@ from gptoss.engine.speculate import CROWD
 from gptoss.errors import CacheFull, CacheMiss
 
 AHEAD = 64  # tokens reserved at a time: who gets room again keeps it for so many at least
+WORTH = 32  # tokens that two have in common and one waits for
 REWIND = 128  # tokens that a cache can be rewound by, whatever its windows
 ORDER = attrgetter("order")
 FIRST = (-1, -1)  # before all rows
@@ -152,8 +153,23 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Rows in order of arrival, as long as there is room; nobody overtakes."""
-        while self.waiting and len(self.running) < self.rows and self._open(self.waiting[0]):
+        while self.waiting and len(self.running) < self.rows:
+            row = self.waiting[0]
+            if self._awaits(row) or not self._open(row):
+                return
             self.running.append(self.waiting.pop(0))
+
+    def _awaits(self, row: Row) -> bool:
+        """Whether a running row is about to compute a beginning that both have, up to a boundary:
+        computed once it serves both, and computed twice neither would be sooner."""
+        if row.request.prompt_logprobs is not None:
+            return False
+        for other in self.running:
+            if other.held < other.start and other.request.remember:
+                coming = (b for b in other.request.boundaries if b > max(other.held, WORTH))
+                if any(b < len(row.tokens) and row.tokens[:b] == other.tokens[:b] for b in coming):
+                    return True
+        return False
 
     def _open(self, row: Row) -> bool:
         """A slot with room for all tokens of a row, and in it what is remembered of them."""

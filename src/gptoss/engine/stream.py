@@ -51,10 +51,10 @@ class Stream:
         self,
         request: Request,
         pull: Callable[[], object],
-        cancel: Callable[["Stream"], None],
+        cancel: Callable[["Stream", int | None], None],
         listener: Listener | None = None,
     ) -> None:
-        """``pull`` returns when there may be news; ``listener``: see ``Engine.submit``."""
+        """``pull`` returns when there may be news; ``cancel``, ``listener``: see ``Engine``."""
         self.request = request
         self.answers = [Answer() for _ in range(request.n)]
         self.prompt_logprobs: list[Drawn] = []  # of prompt[1:], if they were asked for
@@ -91,7 +91,15 @@ class Stream:
     def cancel(self) -> None:
         """End it now, with what there is; nothing happens if it has ended."""
         if self.finish is None:
-            self._cancel(self)
+            self._cancel(self, None)
+
+    def stop(self, answer: int) -> None:
+        """End one of the n answers with finish "stop": who reads it has what it wanted.
+
+        Of ``best_of`` and beams, which answer is which is not known before the end.
+        """
+        if self.finish is None:
+            self._cancel(self, answer)
 
     def put(self, drawn: Drawn) -> None:
         """The engine's: one more token."""

@@ -79,10 +79,10 @@ class Worker:
             self._do(lambda: self._add(stream))
         return stream
 
-    def cancel(self, stream: Stream) -> None:
-        """End a request soon, with finish "cancelled"; from any thread. As ``stream.cancel()``."""
+    def cancel(self, stream: Stream, answer: int | None = None) -> None:
+        """End a request soon, or one of its answers; from any thread. As ``stream.cancel()``."""
         with self._change:
-            self._do(lambda: self.engine.cancel(stream))
+            self._do(lambda: self.engine.cancel(stream, answer))
 
     def stop(self, timeout: float = 0.0) -> None:
         """Take no more requests, let those there are finish for ``timeout`` seconds, cancel the

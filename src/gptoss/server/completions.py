@@ -119,7 +119,10 @@ class Job:
                 begun = True
                 for fresh in self.start(feed):
                     yield fresh
-            yield drawn.row, self.rows[drawn.row].take(drawn)
+            new = self.rows[drawn.row].take(drawn)
+            yield drawn.row, new
+            if new.reason is not None:
+                feed.stream.stop(drawn.row)
             if all(row.over for row in self.rows):
                 feed.cancel("stop")
                 return

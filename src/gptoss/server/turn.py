@@ -153,8 +153,10 @@ class Turn:
         async for drawn in self._feed:
             for event in self._readers[drawn.row].take(drawn):
                 yield event
-                open_ -= isinstance(event, Ended)
-            if not open_:  # perhaps by a stop string, and the engine does not know
+                if isinstance(event, Ended):  # perhaps by a stop string: the engine does not know
+                    open_ -= 1
+                    self._feed.stream.stop(drawn.row)
+            if not open_:
                 self._feed.cancel("stop")
                 return
         for reader, answer in zip(self._readers, self._feed.stream.answers, strict=True):
