@@ -14,7 +14,7 @@ from gptoss.model.mxfp4 import encode
 from gptoss.model.weights import random_weights
 from tests.conftest import TINY
 
-FLOAT32 = {"torch": "float32"}  # rooms that compute in something else unless asked
+FLOAT32 = dict.fromkeys(("torch", "mlx"), "float32")  # who computes in something else unless asked
 OTHERS = [name for name in NAMES if name != "reference"]
 ALLOWED = 10.0  # times float32's own rounding, measured against float64
 SAME = 1e-4  # of the largest logit: what other orders of the same float32 sums may grow into

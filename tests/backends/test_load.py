@@ -46,6 +46,23 @@ def test_a_missing_torch_is_told_with_what_to_install(broken, monkeypatch, tiny,
 
 
 @pytest.fixture
+def without(monkeypatch):
+    """A function that makes importing a room fail with this error."""
+
+    def put(room, error):
+        class Room:
+            def find_spec(self, name, path=None, target=None):
+                if name == room:
+                    raise error
+
+        monkeypatch.delitem(sys.modules, room, raising=False)
+        monkeypatch.delattr(room, raising=False)
+        monkeypatch.setattr(sys, "meta_path", [Room(), *sys.meta_path])
+
+    return put
+
+
+@pytest.fixture
 def native(monkeypatch):
     """A function that puts a module, or an error of importing it, in place of the native room."""
 
@@ -107,12 +124,36 @@ def test_precision_and_threads_reach_the_native_room(native, tiny, weights):
         ("torch", {"precision": "fast"}, "torch backend takes no precision"),
         ("torch", {"threads": 2}, "threads"),
         ("torch", {"resident": 2}, "keeps within a given memory"),
+        ("mlx", {"threads": 2}, "threads"),
+        ("mlx", {"kv": "float32"}, "keeps keys and values in its dtype"),
+        ("mlx", {"precision": "finest"}, "of mlx one of exact, fast, small"),
+        ("native", {"precision": "small"}, "of native one of exact, fast"),
         ("tpu", {}, "one of reference, native, torch"),
     ],
 )
 def test_an_option_of_another_room_is_refused(tiny, weights, name, wrong, said):
     with pytest.raises(ValueError, match=said):
         load_backend(name, tiny, weights.get, **wrong)
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (ModuleNotFoundError("No module", name="mlx"), r"pip install 'gptoss\[mlx\]'"),
+        (ModuleNotFoundError("No module", name="mlx.core"), r"pip install 'gptoss\[mlx\]'"),
+        (ImportError("libopenblas.so.0: not found"), "importing it fails: libopenblas"),
+    ],
+)
+def test_a_missing_or_broken_mlx_is_told(without, tiny, weights, error, said):
+    without("gptoss.backends.mlx", error)
+    with pytest.raises(BackendUnavailable, match=said):
+        load_backend("mlx", tiny, weights.get)
+
+
+def test_a_fault_of_the_mlx_room_is_not_put_on_mlx(without, tiny, weights):
+    without("gptoss.backends.mlx", ModuleNotFoundError("No", name="gptoss.backends.mlx.part"))
+    with pytest.raises(ModuleNotFoundError):
+        load_backend("mlx", tiny, weights.get)
 
 
 def test_a_fault_of_our_own_is_not_put_on_torch(monkeypatch, tiny, weights):

@@ -43,7 +43,7 @@ def test_the_last_line_is_one_json_object(bench, what):
     assert ("first token" if what == "load" else "tokens/s") in said
 
 
-@pytest.mark.parametrize("backend", ["reference", "native", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "native", "torch", "mlx"])
 def test_every_backend_is_measured(bench, toy, backend):
     how = ("-b", backend, "--json", *QUICK, "--rounds", 2)
     status, out, err = bench("decode", toy, *how, *SMALL["decode"])
@@ -52,7 +52,7 @@ def test_every_backend_is_measured(bench, toy, backend):
         pytest.skip(err)
     facts = json.loads(out)  # that line and nothing else
     assert facts["backend"] == backend and len(facts["seconds"]) == 2
-    assert (facts["precision"] is None) == (backend != "native")
+    assert (facts["precision"] is None) == (backend not in ("native", "mlx"))
 
 
 def test_precision_and_threads_are_passed_on(bench, toy):

@@ -5,8 +5,8 @@ from gptoss.errors import BackendUnavailable
 from gptoss.model.config import ModelConfig
 from gptoss.model.weights import Read
 
-NAMES = ("reference", "native", "torch")
-PRECISIONS = ("exact", "fast")  # of native
+NAMES = ("reference", "native", "torch", "mlx")
+PRECISIONS = {"native": ("exact", "fast"), "mlx": ("exact", "fast", "small")}
 CACHES = ("bfloat16", "float32", "int8")  # how native keeps keys and values
 NARROW = 512  # hidden size below which native computes in float32 whatever the precision
 
@@ -30,10 +30,12 @@ def load_backend(
         read: a tensor by canonical name, asked once for each; ``Checkpoint.read`` or a dict's
             ``__getitem__``.
         dtype: compute dtype; the reference takes float32 (default) or float64, torch float32,
-            bfloat16 (default) or float64.
-        device: torch only: "cpu" or "cuda".
-        precision: native only: "exact" computes with the weights as published, "fast" (default)
-            in 8 bits with dense matrices rounded to 8 bits, unless the model is ``NARROW``.
+            bfloat16 (default) or float64, mlx float32 or bfloat16 (default).
+        device: of torch "cpu" or "cuda", of mlx "cpu" or "gpu".
+        precision: of native, "exact" computes with the weights as published, "fast" (default)
+            in 8 bits with dense matrices rounded to 8 bits, unless the model is ``NARROW``. Of
+            mlx, how the dense matrices are kept: "exact" (default) as published, "fast" in 8,
+            "small" in 4 bits.
         threads: native only; None: as many as the machine has cores.
         kv: native only: how keys and values are kept, one of ``CACHES``; None: bfloat16 with fast,
             float32 with exact precision.
@@ -73,6 +75,12 @@ def load_backend(
                     f"PyTorch is installed, but importing it fails: {error}"
                 ) from error
             return TorchBackend(config, read, dtype or "bfloat16", device)
+        case "mlx":
+            try:
+                from gptoss.backends.mlx import MlxBackend
+            except ImportError as error:
+                raise _without_mlx(error) from None
+            return MlxBackend(config, read, dtype or "bfloat16", device, precision or "exact")
         case _:
             raise AssertionError("unreachable")
 
@@ -89,8 +97,10 @@ def check_options(
     """Raises ValueError for a room that does not exist, or an option that is not its own."""
     if name not in NAMES:
         raise ValueError(f"unknown backend {name!r}; one of {', '.join(NAMES)}")
-    if precision not in (None, *PRECISIONS):
-        raise ValueError(f"unknown precision {precision!r}; one of {', '.join(PRECISIONS)}")
+    if name not in PRECISIONS and precision is not None:
+        raise ValueError(f"the {name} backend takes no precision ({precision}) but a dtype")
+    if precision not in (None, *(known := PRECISIONS.get(name, ()))):
+        raise ValueError(f"unknown precision {precision!r}; of {name} one of {', '.join(known)}")
     if kv not in (None, *CACHES):
         raise ValueError(f"unknown kind of cache {kv!r}; one of {', '.join(CACHES)}")
     if threads is not None and threads < 1:
@@ -99,8 +109,6 @@ def check_options(
         raise ValueError(
             f"the native backend takes no dtype ({dtype}) but a precision, exact or fast"
         )
-    if name != "native" and precision is not None:
-        raise ValueError(f"the {name} backend takes no precision ({precision}) but a dtype")
     if name != "native" and threads is not None:
         raise ValueError(
             f"threads are the native backend's to choose; the {name} backend takes none"
@@ -135,3 +143,15 @@ def _without_core(error: ImportError) -> Exception:
         "the native backend needs the package's compiled core, which this installation lacks; "
         "install a wheel or build with a C++20 compiler"
     )
+
+
+def _without_mlx(error: ImportError) -> Exception:
+    """What an import of the mlx room that failed has to say."""
+    culprit = error.name or ""
+    if culprit.split(".")[0] == "gptoss":
+        return error  # a fault of ours, which no installing mends
+    if isinstance(error, ModuleNotFoundError) and culprit.split(".")[0] == "mlx":
+        return BackendUnavailable(
+            "the mlx backend needs MLX, which is not installed; pip install 'gptoss[mlx]'"
+        )
+    return BackendUnavailable(f"MLX is installed, but importing it fails: {error}")

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gptoss.backends.protocol import Batch
-from gptoss.llm.needs import BYTES, PACKED, ROUNDED, counts, eight_bits, kept, key_width
+from gptoss.llm.needs import AFFINE, BYTES, PACKED, ROUNDED, counts, eight_bits, kept, key_width
 from gptoss.model.config import ModelConfig
 
 
@@ -48,11 +48,17 @@ class Cost:
 
 
 def widths(
-    config: ModelConfig, backend: str, numbers: str, *, packed: bool, kv: str | None = None
+    config: ModelConfig,
+    backend: str,
+    numbers: str,
+    *,
+    packed: bool,
+    kv: str | None = None,
+    precision: str | None = None,
 ) -> Widths:
     """How a backend holds its weights in these ``numbers``: a dtype, or native's precision.
 
-    ``kv``: of the native backend, as ``needs.kept`` takes it.
+    ``kv`` is the native backend's, as ``needs.kept`` takes it; ``precision`` mlx's, beside a dtype.
     """
     stored = PACKED if packed else BYTES["bfloat16"]
     if backend == "native":
@@ -69,8 +75,9 @@ def widths(
         from gptoss.backends.reference.backend import SMALL  # the room is opened only when asked
 
         stored = width if counts(config)[1] * width <= SMALL else stored
+    matrix = AFFINE.get(precision or "", width) if backend == "mlx" else width
     return Widths(
-        matrix=width, gate=width, expert=stored, vector=width, embedding=width, cache=width
+        matrix=matrix, gate=width, expert=stored, vector=width, embedding=width, cache=width
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 PROC = Path("/proc")
-LIBRARIES = ("gptoss", "numpy", "torch")
+LIBRARIES = ("gptoss", "numpy", "torch", "mlx")
 
 
 def describe() -> dict[str, Any]:

@@ -142,9 +142,12 @@ class Rows:
 
 def held(plan: Plan, config: ModelConfig) -> Widths:
     """At what widths the plan's backend holds the model."""
-    numbers = plan.precision or plan.dtype
+    numbers = plan.dtype or plan.precision
     assert numbers is not None
-    return widths(config, plan.backend, numbers, packed=LAYOUTS[plan.layout].packed, kv=plan.kv)
+    packed = LAYOUTS[plan.layout].packed
+    return widths(
+        config, plan.backend, numbers, packed=packed, kv=plan.kv, precision=plan.precision
+    )
 
 
 def alternate(

@@ -182,7 +182,7 @@ def _experts(
     for i in range(0, stored.shape[0], pieces.THREADS):
         several = range(i, min(i + pieces.THREADS, stored.shape[0]))
         yield from pool.map(one, [stored[e] for e in several])
-        pieces._forget(stored.blocks if isinstance(stored, Packed) else stored)
+        pieces.forget(stored.blocks if isinstance(stored, Packed) else stored)
 
 
 def _tokenizer(checkpoint: Checkpoint, path: Path | str | None) -> Tokenizer | None:

@@ -70,7 +70,7 @@ class Source:
                     scales.append(strip.scales)
             except ValueError as error:
                 raise CheckpointError(f"{canonical}: {error}") from None
-            _forget(expert)
+            forget(expert)
         yield from scales
 
     def _transposed(self, stored: Stored, canonical: str) -> Iterator[Array]:
@@ -79,10 +79,10 @@ class Source:
             expert = stored[i]
             if isinstance(expert, Packed):
                 yield self._decoded(expert, canonical)
-                _forget(expert.blocks)
+                forget(expert.blocks)
             else:
                 yield np.ascontiguousarray(_bf16(expert.T, canonical))
-                _forget(expert)
+                forget(expert)
 
     def _decoded(self, packed: Packed, canonical: str) -> Array:
         rows, columns = packed.shape
@@ -112,10 +112,10 @@ def _slabs(array: Array) -> Iterator[Array]:
     step = max(1, PIECE * len(array) // array.nbytes)
     for i in range(0, len(array), step):
         yield array[i : i + step]
-        _forget(array)
+        forget(array)
 
 
-def _forget(array: Array) -> None:
+def forget(array: Array) -> None:
     """Give back the memory of a mapped file once its bytes are written; they can be read again.
 
     Without this a conversion seems to hold the whole checkpoint, and on a small machine it does.

@@ -20,11 +20,17 @@ Model = Annotated[
     Argument(help='"nano", a checkpoint\'s path, or a Hugging Face id', envvar="GPTOSS_MODEL"),
 ]
 Backend = Annotated[
-    str, Option("-b", "--backend", help="auto, native, torch or reference", envvar="GPTOSS_BACKEND")
+    str,
+    Option(
+        "-b", "--backend", help="auto, native, torch, mlx or reference", envvar="GPTOSS_BACKEND"
+    ),
 ]
 Precision = Annotated[
-    Literal["exact", "fast"] | None,
-    Option(help="native: weights as published, or 8 bits", default="fast; a narrow model: exact"),
+    Literal["exact", "fast", "small"] | None,
+    Option(
+        help="native: weights as published, or 8 bits; mlx: or dense matrices in 4",
+        default="native: fast, of a narrow model exact; mlx: exact",
+    ),
 ]
 Threads = Annotated[
     int | None, Option(min=1, help="native: how many compute", default="one for each core")
@@ -40,9 +46,11 @@ Memory = Annotated[
     ),
 ]
 Dtype = Annotated[
-    str | None, Option(help="torch, reference: compute in float32, bfloat16 or float64")
+    str | None, Option(help="torch, mlx, reference: compute in float32, bfloat16 or float64")
 ]
-Device = Annotated[str | None, Option(help="torch: cpu or cuda", default="what there is")]
+Device = Annotated[
+    str | None, Option(help="torch: cpu or cuda; mlx: cpu or gpu", default="what there is")
+]
 Context = Annotated[
     int | None,
     Option(min=1, help="room for conversation and answer, in tokens", default="16384"),

@@ -11,6 +11,8 @@ from gptoss.model.weights import specs
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 PACKED = 17 / 32  # bytes of a weight in MXFP4
 ROUNDED = 17 / 16  # of one in 8 bits, with its share of a scale
+MLX_SCORES = 1 << 26  # bytes of attention that MLX holds together on a CPU
+AFFINE = {"fast": 9 / 8, "small": 5 / 8}  # of mlx, where scale and offset are float32
 NATIVE_CHUNK = 512  # tokens that a sliding layer of the native backend holds beside its window
 
 
@@ -46,9 +48,11 @@ def estimate(
     step: int = STEP_TOKENS,
     kv: str | None = None,
     conversations: int = 1,
+    precision: str | None = None,
 ) -> Needs:
     """Memory to run a model in these ``numbers``: a dtype, or the native backend's precision.
 
+    ``precision`` is mlx's, which has both.
     ``step`` and ``kv``: of the native backend, tokens of a prompt that are computed together at
     most, and how keys and values are kept (see ``kept``).
     Pages of a mapped file count like any other, though ``mapped`` ones need not all stay.
@@ -59,6 +63,8 @@ def estimate(
             needs = _native(config, numbers, max_tokens, packed, step, kv)
         case "reference":
             needs = _reference(config, BYTES[numbers], max_tokens, packed)
+        case "mlx":
+            needs = _mlx(config, BYTES[numbers], precision or "exact", max_tokens, packed)
         case _:
             needs = _torch(config, BYTES[numbers], max_tokens, packed)
     return replace(needs, cache=needs.cache * conversations)
@@ -98,8 +104,7 @@ def _native(
     """Everything as stored; fast rounds the matrices that every token passes through."""
     dense, experts = counts(c)
     D, F, V, heads = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_attention_heads
-    matrices = V * D + c.num_hidden_layers * D * (c.qkv_size + heads * c.head_dim)
-    rounded = matrices if eight_bits(c, precision) else 0
+    rounded = _matrices(c) if eight_bits(c, precision) else 0
     stored = round(experts * _stored(packed))
     mapped = stored if packed else 0
     beside, step = max(NATIVE_CHUNK, step), min(step, max_tokens)
@@ -111,6 +116,27 @@ def _native(
         mapped=mapped,
         layer=mapped // c.num_hidden_layers,
         visited=mapped * c.experts_per_token // c.num_experts,
+    )
+
+
+def _matrices(c: ModelConfig) -> int:
+    """Parameters of the dense matrices that every token passes through."""
+    heads = c.num_attention_heads * c.head_dim
+    layer = c.hidden_size * (c.qkv_size + heads)
+    return c.vocab_size * c.hidden_size + c.num_hidden_layers * layer
+
+
+def _mlx(c: ModelConfig, width: int, precision: str, max_tokens: int, packed: bool) -> Needs:
+    """Packed experts as stored, the rest in the compute dtype or rounded."""
+    dense, experts = counts(c)
+    rounded = _matrices(c) if precision in AFFINE else 0
+    step, visits = min(STEP_TOKENS, max_tokens), c.experts_per_token
+    a_token = 8 * c.hidden_size + 2 * visits * (3 * c.intermediate_size + c.hidden_size)
+    weights = (dense - rounded) * width + rounded * AFFINE.get(precision, width)
+    return Needs(
+        weights=round(weights + experts * (PACKED if packed else width)),
+        cache=_cached(c, max_tokens, step) * width,
+        working=4 * step * a_token + MLX_SCORES + 32 * c.vocab_size,
     )
 
 

@@ -1,6 +1,7 @@
 """What loading a model will take, worked out from its headers and said before a byte is loaded."""
 
 import importlib.util
+import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,11 @@ RESERVE = 1_500_000_000  # bytes left to the system and its file cache while exp
 # Tokens of a prompt computed together while experts are on disk: each step reads them all.
 DISK_STEP = 2048
 GIVEN = "as asked"
-MEANING = {"exact": "weights as published", "fast": "dense matrices in 8 bits"}
+MEANING = {
+    "exact": "weights as published",
+    "fast": "dense matrices in 8 bits",
+    "small": "dense matrices in 4 bits",
+}
 # What a GPU's driver leaves on Linux: NVIDIA's, AMD's, Windows' below it.
 DRIVERS = [Path("/dev/nvidiactl"), Path("/dev/kfd"), Path("/dev/dxg")]
 
@@ -33,7 +38,7 @@ class Plan:
     disk_bytes: int
     backend: str
     dtype: str | None  # None: native has a precision instead
-    precision: str | None
+    precision: str | None  # of native and mlx
     device: str
     threads: int | None  # None: the backend's choice
     reason: str  # why this backend
@@ -54,7 +59,10 @@ class Plan:
 
     def __str__(self) -> str:
         have = "unknown" if self.available is None else f"{size(self.available)} free"
-        numbers = self.dtype or f"{self.precision} precision ({MEANING[self.precision or 'exact']})"
+        numbers = self.dtype or ""
+        if self.precision is not None:
+            numbers += ", " * (self.dtype is not None)
+            numbers += f"{self.precision} precision ({MEANING[self.precision]})"
         threads = f", {self.threads} threads" if self.threads is not None else ""
         needs, on_disk, kv = self.needs, "", f" in {self.kv}" if self.kv else ""
         many = f"{self.conversations} x " if self.conversations > 1 else ""
@@ -115,11 +123,15 @@ def make_plan(
         numbers = precision = "exact" if config.hidden_size < NARROW else precision or "fast"
         kv = kept(config, precision, kv)
     else:
-        numbers = dtype = dtype or ("float32" if chosen == "reference" else "bfloat16")
+        wide = chosen == "reference" or (chosen == "mlx" and config.hidden_size < NARROW)
+        numbers = dtype = dtype or ("float32" if wide else "bfloat16")
         if numbers not in BYTES:
             raise ValueError(f"unknown dtype {numbers!r}; one of {', '.join(BYTES)}")
         if chosen == "reference" and numbers == "bfloat16":
             raise ValueError("the reference computes in float32 or float64, not bfloat16")
+        if chosen == "mlx" and numbers == "float64":
+            raise ValueError("mlx computes in float32 or bfloat16, not float64")
+        precision = (precision or "exact") if chosen == "mlx" else None
     room = min(ROOM, config.context_length) if max_tokens is None else max_tokens
     if not 1 <= room <= config.context_length:
         raise ValueError(
@@ -140,6 +152,7 @@ def make_plan(
             step=step,
             kv=kv,
             conversations=conversations,
+            precision=precision,
         )
 
     needs = needed(step)
@@ -203,8 +216,9 @@ def choose(
 ) -> tuple[str, str, str]:
     """Backend, device, and why. ``native``: something is asked that only that backend has.
 
-    A GPU first, for what is not tiny; then the compiled core, which starts at once; without it, or
-    in a dtype, torch, and NumPy for a tiny model, which answers before torch has been imported.
+    A GPU first, for what is not tiny (on a Mac by MLX); then the compiled core, which starts at
+    once; without it, or in a dtype, torch, and NumPy for a tiny model, which answers before torch
+    has been imported.
     """
     if backend not in ("auto", *NAMES):
         raise ValueError(f"unknown backend {backend!r}; one of auto, {', '.join(NAMES)}")
@@ -212,11 +226,15 @@ def choose(
         if device not in (None, "cpu"):
             raise ValueError(f"the {backend} backend runs on the cpu, not on {device!r}")
         return backend, "cpu", GIVEN
+    if backend == "mlx" or (backend == "auto" and device == "gpu"):
+        return "mlx", device or ("gpu" if _apple() else "cpu"), GIVEN
     if backend == "torch" or device not in (None, "cpu"):
         return "torch", device or ("cuda" if _gpu() else "cpu"), GIVEN
     if native:
         return "native", "cpu", "precision, threads, kv and memory are its own"
     tiny = parameters(config) <= TINY
+    if not tiny and device is None and dtype != "float64" and _apple():
+        return "mlx", "gpu", "MLX is installed, with Apple's GPU"
     if not tiny and device is None and _gpu():
         return "torch", "cuda", "torch is installed, with a GPU"
     if dtype is None and has_native():
@@ -238,6 +256,12 @@ def size(n: float) -> str:
     return f"{n:.1f} GB"
 
 
+def _apple() -> bool:
+    """Whether MLX is here, on a Mac whose GPU it runs on."""
+    mac = sys.platform == "darwin" and platform.machine() == "arm64"
+    return mac and importlib.util.find_spec("mlx") is not None
+
+
 def _gpu() -> bool:
     """Whether torch is here and has a GPU. It is not imported where no driver is: that is slow."""
     if sys.platform == "linux" and not any(path.exists() for path in DRIVERS):
@@ -247,7 +271,7 @@ def _gpu() -> bool:
 
 def _free(device: str) -> int | None:
     """Free memory where the weights will lie; None: unknown, or no such device."""
-    if device == "cpu":
+    if device in ("cpu", "gpu"):  # a Mac's GPU shares the memory
         return available_memory()
     if device.startswith("cuda") and importlib.util.find_spec("torch") is not None:
         from gptoss.backends.torch.memory import free_memory

@@ -1,0 +1,124 @@
+"""``Backend`` over MLX arrays, on Apple's GPU or a CPU."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from gptoss.backends.mlx.cache import MlxCache, MlxView
+from gptoss.backends.mlx.ops import AffineArray, MlxOps, PackedArray, rotations
+from gptoss.backends.protocol import Batch, Cache, Sampling
+from gptoss.backends.sampling import sample_rows
+from gptoss.checkpoint.pieces import forget
+from gptoss.errors import BackendUnavailable
+from gptoss.model import model
+from gptoss.model.config import ModelConfig
+from gptoss.model.mxfp4 import BLOCK, Packed
+from gptoss.model.weights import Read, build
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
+BITS = {"exact": None, "fast": 8, "small": 4}  # of the matrices that every token passes through
+ROUNDED = ("qkv.weight", "out.weight", "unembedding.weight")
+
+
+class MlxBackend:
+    """Runs ``model.forward`` with ``MlxOps``.
+
+    Packed experts stay as published; the rest is cast once, or rounded as ``precision`` says.
+    Tensors are taken one at a time, and what was read of their file is given back: loading needs
+    the memory of the model and of its largest tensor.
+
+    Raises:
+        ValueError: an unknown dtype, precision or device.
+        BackendUnavailable: the GPU asked for on a machine for which MLX has none.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        read: Read,
+        dtype: str = "bfloat16",
+        device: str = "cpu",
+        precision: str = "exact",
+    ) -> None:
+        if dtype not in DTYPES:
+            raise ValueError(f"mlx computes in {', '.join(DTYPES)}, not {dtype}")
+        if precision not in BITS:
+            raise ValueError(f"precision of mlx is one of {', '.join(BITS)}, not {precision!r}")
+        self.config, self.dtype, self.bits = config, DTYPES[dtype], BITS[precision]
+        self.device, self.ops = open_device(device), MlxOps()
+        with mx.stream(self.device):
+            self.weights = build(config, lambda name: self._load(name, read(name)))
+
+    def new_cache(self, *, max_tokens: int) -> MlxCache:
+        """See ``Backend.new_cache``."""
+        return MlxCache(self.config, max_tokens, self.dtype)
+
+    def forward(self, batch: Batch, cache: Cache, trace: model.Trace | None = None) -> mx.array:
+        """See ``Backend.forward``. A trace sees float32: NumPy cannot take bfloat16 from MLX."""
+        assert isinstance(cache, MlxCache)
+        batch.check(self.config)
+        see = trace or model.no_trace
+        with mx.stream(self.device):
+            kv = MlxView(cache, batch)
+            logits: mx.array = model.forward(
+                self.weights,
+                mx.array(batch.tokens),
+                rotations(batch.positions, self.config),
+                mx.array(batch.wanted),
+                kv=kv,
+                ops=self.ops,
+                config=self.config,
+                trace=lambda name, x: see(name, readable(x)),
+            )
+            mx.eval(logits, kv.arrays)  # another thread may ask for the next step
+        return logits
+
+    def sample(
+        self, logits: mx.array, rules: Sequence[Sampling], uniforms: Sequence[float]
+    ) -> list[int]:
+        """See ``Backend.sample``."""
+        return sample_rows(self.to_numpy(logits), rules, uniforms)
+
+    def to_numpy(self, logits: mx.array) -> npt.NDArray[np.float32]:
+        """See ``Backend.to_numpy``."""
+        with mx.stream(self.device):
+            return np.array(readable(logits))
+
+    def _load(self, name: str, stored: Any) -> Any:
+        """A tensor on the device, computed now: what it was read from is not needed again."""
+        if isinstance(stored, Packed):
+            packed = PackedArray.of(stored)
+            mx.eval(packed.words, packed.scales)
+            forget(stored.blocks)
+            return packed
+        x = mx.array(stored).astype(mx.float32 if name.endswith("norm.scale") else self.dtype)
+        if self.bits and name.endswith(ROUNDED) and x.shape[-1] % BLOCK == 0:
+            rounded = AffineArray.of(x, self.bits)
+            mx.eval(rounded.words, rounded.scales, rounded.offsets)
+            forget(stored)
+            return rounded
+        mx.eval(x)
+        forget(stored)
+        return x
+
+
+def readable(x: mx.array) -> mx.array:
+    """``x`` as NumPy can take it."""
+    return x.astype(mx.float32) if x.dtype == mx.bfloat16 else x
+
+
+def open_device(name: str) -> mx.Device:
+    """The device called ``name``: "cpu" or "gpu". A GPU's weights may stay wired in memory, which
+    macOS otherwise pages out between requests.
+    """
+    if name not in ("cpu", "gpu"):
+        raise ValueError(f"mlx runs on cpu or gpu, not {name!r}")
+    device = mx.Device(getattr(mx, name))
+    if not mx.is_available(device):
+        raise BackendUnavailable("'gpu' was asked for, but MLX finds none on this machine")
+    if name == "gpu" and mx.metal.is_available():
+        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+    return device

@@ -1,0 +1,205 @@
+"""``KV`` in MLX: a cache of one growing buffer per layer and row, bounded where the layer slides.
+
+Arrays of MLX are values: two rows that share a prefix share its bytes until one of them writes.
+"""
+
+from functools import lru_cache
+
+import mlx.core as mx
+import numpy as np
+
+from gptoss.backends.mlx.ops import on_cpu
+from gptoss.backends.protocol import Batch
+from gptoss.backends.slots import Slots
+from gptoss.errors import CacheMiss
+from gptoss.model.config import ModelConfig
+
+SPARE = 128  # tokens that a row can always be rewound from the longest it has been
+QUERIES = 256  # of one row, attended together at most
+SCORES = 1 << 23  # H * queries * keys together at most on a CPU, which holds them all
+
+
+class MlxCache(Slots):
+    """Per slot and layer, the keys and values so far.
+
+    A full layer holds the whole row. A sliding layer holds the window and what may be rewound into:
+    ``SPARE`` tokens at least, twice that at most, however long the row is.
+    """
+
+    def __init__(self, config: ModelConfig, max_tokens: int, dtype: mx.Dtype) -> None:
+        super().__init__(max_tokens)
+        self.config, self.dtype = config, dtype
+        self.empty = mx.zeros((1, config.num_key_value_heads, 0, config.head_dim), dtype)
+        mx.eval(self.empty)
+        self.strips: dict[int, list[Strip]] = {}  # by slot, then by layer
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values now allocated."""
+        return sum(2 * strip.k.nbytes for strips in self.strips.values() for strip in strips)
+
+    def open(self) -> int:
+        """See ``Cache.open``."""
+        slot = super().open()
+        windows = map(self.config.window, range(self.config.num_hidden_layers))
+        self.strips[slot] = [Strip(self.empty, self.empty, window) for window in windows]
+        return slot
+
+    def truncate(self, slot: int, length: int) -> None:
+        """See ``Cache.truncate``."""
+        self._check(slot, length)
+        super().truncate(slot, length)
+        self.strips[slot] = [strip.head(length) for strip in self.strips[slot]]
+
+    def fork(self, slot: int, length: int) -> int:
+        """See ``Cache.fork``."""
+        self._check(slot, length)
+        child = self.open()
+        try:
+            self.reserve(child, length)
+        except BaseException:
+            self.close(child)
+            raise
+        self.strips[child] = [strip.head(length, shared=True) for strip in self.strips[slot]]
+        return child
+
+    def close(self, slot: int) -> None:
+        """See ``Cache.close``."""
+        super().close(slot)
+        del self.strips[slot]
+
+    def _check(self, slot: int, length: int) -> None:
+        """Raise CacheMiss unless every layer still holds what a token at ``length`` looks at."""
+        for strip in self.strips[slot]:
+            if length and strip.window and strip.first > max(0, length - strip.window + 1):
+                raise CacheMiss(
+                    f"slot {slot} was asked for its first {length} tokens, but its sliding layers "
+                    f"hold positions {strip.first} to {strip.length - 1} only"
+                )
+
+
+class Strip:
+    """One layer's keys and values of one row: positions ``first`` to ``length - 1``.
+
+    Invariant: everything that a query at ``length`` can see is held.
+    """
+
+    def __init__(
+        self, k: mx.array, v: mx.array, window: int | None, first: int = 0, length: int = 0
+    ) -> None:
+        self.k, self.v, self.window = k, v, window  # [1, K, capacity, d]
+        self.first, self.length = first, length
+
+    @property
+    def held(self) -> int:
+        """Positions held."""
+        return self.length - self.first
+
+    def extend(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        """Append k, v [1, K, t, d] -> all that the new queries may see."""
+        held, total = self.held, self.held + k.shape[2]
+        self.length += k.shape[2]
+        if self.window is not None and total > self.window - 1 + 2 * SPARE:
+            keys = mx.concatenate([self.k[:, :, :held], k], axis=2)
+            values = mx.concatenate([self.v[:, :, :held], v], axis=2)
+            keep = self.window - 1 + SPARE
+            self.first = self.length - keep
+            self.k, self.v = mx.contiguous(keys[:, :, -keep:]), mx.contiguous(values[:, :, -keep:])
+            return keys, values
+        if total > self.k.shape[2]:
+            room = max(total, self.k.shape[2] * 5 // 4) + SPARE
+            if self.window is not None:
+                room = min(room, self.window - 1 + 2 * SPARE)
+            pad = [(0, 0), (0, 0), (0, room - held), (0, 0)]
+            self.k, self.v = (mx.pad(x[:, :, :held], pad) for x in (self.k, self.v))
+        self.k[:, :, held:total], self.v[:, :, held:total] = k, v
+        return self.k[:, :, :total], self.v[:, :, :total]
+
+    def head(self, length: int, *, shared: bool = False) -> "Strip":
+        """The strip as it was when the row had ``length`` tokens; ``shared``: and goes on itself.
+
+        A buffer that is mostly unused is given back; else two rows share it until one writes.
+        """
+        length = min(length, self.length)
+        k, v, held = self.k, self.v, length - min(self.first, length)
+        if unused := 2 * (held + SPARE) < k.shape[2]:
+            k, v = (mx.contiguous(x[:, :, :held]) for x in (k, v))
+        elif shared:
+            k, v = (x[:, :, :held] for x in (k, v))
+        if unused or shared:
+            mx.eval(k, v)  # another thread may write next
+        return Strip(k, v, self.window, length - held, length)
+
+
+class MlxView:
+    """``KV`` for one step: every row with its own past."""
+
+    def __init__(self, cache: MlxCache, batch: Batch) -> None:
+        self.cache, self.slots = cache, batch.slots.tolist()
+        self.starts, self.past = batch.starts.tolist(), batch.past.tolist()
+
+    def attend(
+        self,
+        layer: int,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        sinks: mx.array,
+        window: int | None,
+    ) -> mx.array:
+        """See ``KV.attend``."""
+        outs = []
+        q, k, v = (x.swapaxes(0, 1)[None] for x in (q, k, v))  # [1, heads, T, d]
+        for r, slot in enumerate(self.slots):
+            new, strip = slice(self.starts[r], self.starts[r + 1]), self.cache.strips[slot][layer]
+            assert strip.length == self.past[r], f"slot {slot} holds {strip.length} tokens"
+            keys, values = strip.extend(k[:, :, new], v[:, :, new])
+            outs += attend_past(q[:, :, new], keys, values, sinks, window)
+        return mx.concatenate(outs, axis=2)[0].swapaxes(0, 1)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """All that this step has written to."""
+        return [x for slot in self.slots for s in self.cache.strips[slot] for x in (s.k, s.v)]
+
+
+def attend_past(
+    q: mx.array, k: mx.array, v: mx.array, sinks: mx.array, window: int | None
+) -> list[mx.array]:
+    """See ``gptoss.model.reference.attend_row``; a few queries at a time, so memory is bounded.
+
+    Args:
+        q: [1, H, t, d], the newest t tokens of one row.
+        k, v: [1, K, n, d], the n >= t keys, oldest first.
+        sinks: [H].
+        window: how many keys each query sees, its own included (None: all).
+
+    Returns:
+        [1, H, ., d] pieces, t queries together.
+    """
+    (_, H, t, d), n = q.shape, k.shape[2]
+    step, outs = QUERIES, []
+    if on_cpu():
+        step = max(1, min(QUERIES, SCORES // (H * min(n, QUERIES + (window or n)))))
+    for start in range(0, t, step):
+        c = min(step, t - start)
+        high = n - t + start + c
+        low = 0 if window is None else max(0, high - c - window + 1)  # oldest key anyone sees
+        mask: str | mx.array | None = None
+        if c > 1:
+            hides = window is not None and high - low > window
+            mask = _band(c, high - low, window or 0) if hides else "causal"
+        keys, values = k[:, :, low:high], v[:, :, low:high]
+        outs.append(
+            mx.fast.scaled_dot_product_attention(
+                q[:, :, start : start + c], keys, values, scale=d**-0.5, mask=mask, sinks=sinks
+            )
+        )
+    return outs
+
+
+@lru_cache(maxsize=16)
+def _band(queries: int, keys: int, window: int) -> mx.array:
+    """bool [queries, keys]: which of the keys each of the newest ones sees."""
+    age = np.arange(keys - queries, keys)[:, None] - np.arange(keys)  # 0 is "now"
+    return mx.array((age >= 0) & (age < window))
