@@ -12,6 +12,7 @@ namespace scalar { extern const Kernels table; }
 namespace avx2 { extern const Kernels table; }
 namespace avx512 { extern const Kernels table; }
 namespace avx512_vnni { extern const Kernels table; }
+namespace avx512_bf16 { extern const Kernels table; }
 #endif
 #ifdef GPTOSS_NEON
 namespace neon { extern const Kernels table; }
@@ -32,6 +33,7 @@ std::vector<const Kernels*> usable() {
     };
 #ifdef GPTOSS_X86
     const bool wide = has({"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"});
+    if (wide && has({"avx512_vnni", "avx512_bf16"})) found.push_back(&avx512_bf16::table);
     if (wide && has({"avx512_vnni"})) found.push_back(&avx512_vnni::table);
     if (wide) found.push_back(&avx512::table);
     if (has({"avx2", "fma"})) found.push_back(&avx2::table);

@@ -5,6 +5,9 @@
 // summed side by side without a sum over lanes; values lie row by row, each row padded to whole
 // vectors:
 //   page [K, (keys [8, d, 16], values [128, padded d])]
+// In bfloat16 two numbers that are multiplied one after the other lie side by side, two dimensions
+// of a key or two keys of a dimension, as processors that multiply such pairs want them:
+//   page [K, (keys [8, d / 2, 16, 2], values [64, padded d, 2])]
 // As int8, each key and each value of a head has a scale behind them: float32 [2, 128].
 // Position p of a row is in its page p / 128. Pages and chunks begin at multiples of their size,
 // whatever is asked and however the past arrived: the same token gets the same bits every time.
@@ -21,7 +24,7 @@ class Pool;
 inline constexpr int PAGE = 128;    // tokens; also the keys of one step of the running softmax
 inline constexpr int CHUNK = 4096;  // keys whose result is finished before it is added to others
 
-// How keys and values are stored. Another format needs `widen` and `keep_as` in attention.inl, and
+// How keys and values are stored. Another format needs `keep_as` and a `Kind` in attention.inl, and
 // a size here.
 enum class Kept { bf16, f32, int8 };
 inline constexpr i64 size_of(Kept kept) { return kept == Kept::f32 ? 4 : kept == Kept::bf16 ? 2 : 1; }
@@ -38,7 +41,9 @@ struct Attention {
 
     int group() const { return H / K; }            // query heads to a key head
     i64 padded() const { return (d + 15) / 16 * 16; }
-    i64 numbers() const { return PAGE * (d + padded()); }  // of one key head in a page
+    i64 deep() const { return kept == Kept::bf16 ? 2 : 1; }     // numbers side by side
+    i64 wide() const { return (d + deep() - 1) / deep() * deep(); }
+    i64 numbers() const { return PAGE * (wide() + padded()); }  // of one key head in a page
     i64 head_size() const { return numbers() + (kept == Kept::int8 ? 2 * PAGE * 4 : 0); }  // in their size
 };
 

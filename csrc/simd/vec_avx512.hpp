@@ -1,12 +1,14 @@
 // The vector of every kernel in AVX-512 (F, BW, VL, DQ); with GPTOSS_VNNI, bytes are multiplied by
-// one instruction. What each function computes is said in vec_scalar.hpp.
+// one instruction, with GPTOSS_BF16 also pairs of bfloat16. What each function computes is said in vec_scalar.hpp.
 #pragma once
 #include <immintrin.h>
 
 #include <cstdint>
 #include <cstring>
 
-#ifdef GPTOSS_VNNI
+#if defined(GPTOSS_BF16)
+#define GPTOSS_ISA avx512_bf16
+#elif defined(GPTOSS_VNNI)
 #define GPTOSS_ISA avx512_vnni
 #else
 #define GPTOSS_ISA avx512
@@ -154,5 +156,13 @@ static inline void turn(const std::uint8_t* const p[16], std::int64_t skip, B64 
     out[0] = {_mm512_unpacklo_epi64(a, c)}, out[1] = {_mm512_unpackhi_epi64(a, c)};
     out[2] = {_mm512_unpacklo_epi64(b, d)}, out[3] = {_mm512_unpackhi_epi64(b, d)};
 }
+
+#ifdef GPTOSS_BF16
+// Sixteen pairs of bfloat16: see ops/attention.inl. The odd products are added first.
+struct Pairs { __m512i v; };
+static inline Pairs load_pairs(const std::uint16_t* p) { return {_mm512_loadu_si512(p)}; }
+static inline Pairs repeat_pair(const std::uint16_t* p) { return {repeat4(p).v}; }
+static inline F16 dot2(Pairs a, Pairs b, F16 c) { return _mm512_dpbf16_ps(c, (__m512bh)a.v, (__m512bh)b.v); }
+#endif
 
 }  // namespace gptoss::GPTOSS_ISA
