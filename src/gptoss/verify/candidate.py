@@ -16,10 +16,8 @@ from gptoss.backends.protocol import Backend, Batch
 from gptoss.model.config import ModelConfig
 from gptoss.model.reference import NDArray
 from gptoss.model.weights import Read, Stored, specs
-from gptoss.verify.layers import Points
+from gptoss.verify.layers import Points, dense, slices
 from gptoss.verify.precision import Precision, precision_of
-
-SLICE = 16_384  # rows of the vocabulary whose logits are computed together
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +59,8 @@ class Candidate:
 
     def head(self, x: NDArray) -> Iterator[tuple[slice, Points]]:
         """The last norm and the logits alone, on x: [T, D], for some rows of the vocabulary."""
-        unembedding, scale = self.read("unembedding.weight"), self.read("norm.scale")
-        assert isinstance(unembedding, np.ndarray)
-        for rows in slices(self.config.vocab_size):
+        unembedding, scale = dense(self.read, "unembedding.weight"), self.read("norm.scale")
+        for rows in slices(self.config):
             some = unembedding[rows]
             count = max(len(some), len(x))  # tokens must be in the vocabulary
             alone = replace(
@@ -98,11 +95,6 @@ def outside(name: str, x: NDArray, unembedding: NDArray) -> npt.NDArray[Any]:
         case "norm.scale":
             return np.ones(x.shape[1], np.float32)
     return np.asarray(unembedding)
-
-
-def slices(size: int) -> list[slice]:
-    """Of the vocabulary, some rows at a time."""
-    return [slice(i, min(i + SLICE, size)) for i in range(0, size, SLICE)]
 
 
 def traced(backend: Backend, rows: list[Any], wanted: Any) -> Points:

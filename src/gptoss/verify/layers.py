@@ -12,10 +12,11 @@ from gptoss.model import model
 from gptoss.model.config import ModelConfig
 from gptoss.model.mxfp4 import Packed
 from gptoss.model.reference import NDArray, NumpyOps, attend_row, softmax, unpack
-from gptoss.model.weights import ATTENTION, MIXTURE, Attention, Block, Mixture, Read, Stored
+from gptoss.model.weights import ATTENTION, MIXTURE, Attention, Block, Mixture, Read
 from gptoss.verify.precision import Precision
 
 Points = dict[str, NDArray]
+SLICE = 16_384  # rows of the vocabulary whose logits are computed together
 SCORES = 1 << 24  # attention scores in memory together
 HELD = 4 << 30  # bytes of a layer's unpacked experts that are kept until the layer is done
 
@@ -40,9 +41,26 @@ class Unpacked:
         return expert
 
 
-def experts_of(stored: Stored) -> Any:
-    """A stack of experts whose items ``NumpyOps.experts`` can take."""
-    return Unpacked(stored) if isinstance(stored, Packed) else stored
+def layer_experts(read: Read, layer: int) -> dict[str, Any]:
+    """One layer's experts, as ``NumpyOps.experts`` can take them, by the tails of their names."""
+    found: dict[str, Any] = {}
+    for name in ("mlp.mlp1_weight", "mlp.mlp2_weight"):
+        stored = read(f"block.{layer}.{name}")
+        found[name] = Unpacked(stored) if isinstance(stored, Packed) else stored
+    return found
+
+
+def dense(read: Read, name: str) -> NDArray:
+    """A tensor that is never packed, as stored."""
+    stored = read(name)
+    assert isinstance(stored, np.ndarray)
+    return stored
+
+
+def slices(config: ModelConfig) -> list[slice]:
+    """Of the vocabulary, some rows at a time."""
+    size = config.vocab_size
+    return [slice(i, min(i + SLICE, size)) for i in range(0, size, SLICE)]
 
 
 def load_block(

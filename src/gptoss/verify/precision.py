@@ -15,6 +15,7 @@ from gptoss.model.config import ModelConfig
 from gptoss.model.reference import NDArray, NumpyOps, softmax, swiglu, unpack
 
 LARGE = ("qkv.weight", "out.weight", "unembedding.weight")  # what "fast" rounds to 8 bits
+MLX = {"fast": 8, "small": 4}  # bits of large matrices in mlx
 GROUP = 32  # numbers that share a scale
 
 
@@ -24,7 +25,8 @@ class Precision:
 
     name: str
     results: bool = False  # of every operation, to bfloat16
-    dense: int | None = None  # large matrices and what they multiply: bits, a scale to each group
+    dense: int | None = None  # large matrices: bits, a scale to each group
+    inputs: int | None = None  # what those multiply: bits, a scale to each group
     experts: int | None = None  # what packed experts multiply: bits, a scale to each group
     kv: str = "float32"  # keys and values, one of CACHES
 
@@ -58,12 +60,13 @@ def precision_of(
 ) -> Precision:
     """What a backend's options come to; None stands for its default."""
     if backend != "native":
-        narrow = (dtype or ("bfloat16" if backend == "torch" else "float32")) == "bfloat16"
-        return Precision(name="bfloat16" if narrow else "float32", results=narrow)
+        narrow = (dtype or ("float32" if backend == "reference" else "bfloat16")) == "bfloat16"
+        name = "bfloat16" if narrow else "float32"
+        return Precision(name=name, results=narrow, dense=MLX.get(precision or "exact"))
     wide = config.hidden_size >= NARROW
     if precision == "exact" or not wide:
         return Precision(name="exact", experts=16 if wide else None, kv=kv or "float32")
-    return Precision(name="fast", dense=8, experts=8, kv=kv or "bfloat16")
+    return Precision(name="fast", dense=8, inputs=8, experts=8, kv=kv or "bfloat16")
 
 
 def bfloat16(x: NDArray) -> NDArray:
@@ -94,8 +97,8 @@ class RoundedOps(NumpyOps):
 
     def linear(self, x: NDArray, weight: NDArray, bias: NDArray | None) -> NDArray:
         """See ``Ops.linear``."""
-        if isinstance(weight, Coarse) and self.precision.dense is not None:
-            x, weight = scaled(x, self.precision.dense), weight.view(np.ndarray)
+        if isinstance(weight, Coarse) and self.precision.inputs is not None:
+            x, weight = scaled(x, self.precision.inputs), weight.view(np.ndarray)
         return self.precision.result(super().linear(x, weight, bias))
 
     def rope(self, x: NDArray, positions: NDArray, config: ModelConfig) -> NDArray:

@@ -17,20 +17,23 @@ import numpy as np
 from gptoss.model.config import ModelConfig
 from gptoss.model.reference import NDArray, NumpyOps
 from gptoss.model.weights import Block, Read
-from gptoss.verify.candidate import Candidate, forward, host, slices, stepwise
+from gptoss.verify.candidate import Candidate, forward, host, stepwise
 from gptoss.verify.layers import (
     Points,
     SteeredOps,
-    experts_of,
+    dense,
+    layer_experts,
     load_block,
     regret,
     rerouted,
     run_layer,
+    slices,
 )
 from gptoss.verify.precision import Precision, RoundedOps
 
 SLACK = 5.0  # times the reference's own error when it rounds the same
 LAST = 4  # tokens of each text that are also computed one by one
+SAMPLE = 1 << 20  # numbers of the residual stream that the yardstick is measured on
 EPS = float(np.finfo(np.float32).eps)
 MODES = ("isolated", "propagated")
 
@@ -122,15 +125,15 @@ class Judge:
         self.precision: Precision = max(precisions, key=_coarseness)
         self.starts = np.cumsum([0, *map(len, rows)])
         self.tokens = np.concatenate(rows)
-        self.true = self.rounded = np.empty(0)  # what comes in at the next layer: [T, D]
+        self.true = self.rounded = np.empty(0)  # what comes in at the next layer: [T, D], [S, D]
+        few = np.searchsorted(self.starts, SAMPLE // self.config.hidden_size, side="right") - 1
+        self.sampled = self.starts[: max(2, int(few) + 1)]  # the first texts
         self.alive = np.ones(len(self.tokens), bool)  # tokens that are routed alike so far
 
     def embedding(self, own: NDArray | None) -> None:
         """Before the first layer."""
-        table = self.read("embedding.weight")
-        assert isinstance(table, np.ndarray)
-        self.true = table[self.tokens].astype(np.float64)
-        self.rounded = self.precision.result(self.true.astype(np.float32))
+        self.true = dense(self.read, "embedding.weight")[self.tokens].astype(np.float64)
+        self.rounded = self._sample()
         if own is not None:
             self._compare(
                 "propagated", {"embedding": own}, {"embedding": self.true}, {"embedding": EPS}
@@ -138,10 +141,7 @@ class Judge:
 
     def layer(self, layer: int, own: Points | None) -> None:
         """One layer, in every mode; ``own``: what the whole model made of it."""
-        experts = {
-            name: experts_of(self.read(f"block.{layer}.{name}"))
-            for name in ("mlp.mlp1_weight", "mlp.mlp2_weight")
-        }
+        experts = layer_experts(self.read, layer)
         block = load_block(self.read, layer, experts, np.float64)
         true = self._true(layer, block, own)
         alone, along = self._noise(layer, experts, true)
@@ -173,36 +173,40 @@ class Judge:
         self, layer: int, experts: dict[str, Any], true: Points
     ) -> tuple[dict[str, float], dict[str, float]]:
         """The rounding reference's relative error at each point, isolated and propagated."""
-        T, p = len(self.tokens), self.precision
+        S, p = int(self.sampled[-1]), self.precision
         block = load_block(self.read, layer, experts, np.float32, p)
-        x = np.concatenate([p.result(self.true.astype(np.float32)), self.rounded])
-        starts = np.concatenate([self.starts, T + self.starts[1:]])
-        chosen = np.concatenate([true[f"block.{layer}.mlp.chosen"]] * 2).astype(np.intp)
+        x = np.concatenate([self._sample(), self.rounded])
+        starts = np.concatenate([self.sampled, S + self.sampled[1:]])
+        chosen = np.concatenate([true[f"block.{layer}.mlp.chosen"][:S]] * 2).astype(np.intp)
         both = run_layer(block, layer, x, starts, self.config, RoundedOps(p, chosen), p)
-        self.rounded = both[f"block.{layer}"][T:]
-        halves = ({n: v[:T] for n, v in both.items()}, {n: v[T:] for n, v in both.items()})
+        self.rounded = both[f"block.{layer}"][S:]
+        halves = ({n: v[:S] for n, v in both.items()}, {n: v[S:] for n, v in both.items()})
         alone, along = ({n: _worst(v, true[n]) for n, v in half.items()} for half in halves)
         return alone, along
 
+    def _sample(self) -> NDArray:
+        """What a rounding reference sees of the right input."""
+        return self.precision.result(self.true[: self.sampled[-1]].astype(np.float32))
+
     def head(self, norm: NDArray | None, logits: NDArray | None) -> None:
         """The last norm, and logits some rows of the vocabulary at a time."""
-        scale, eps = self.read("norm.scale"), self.config.rms_norm_eps
-        unembedding = self.read("unembedding.weight")
-        assert isinstance(scale, np.ndarray) and isinstance(unembedding, np.ndarray)
+        scale, eps = dense(self.read, "norm.scale"), self.config.rms_norm_eps
+        unembedding = dense(self.read, "unembedding.weight")
         ops = RoundedOps(self.precision)
         wide = NumpyOps().rms_norm(self.true, scale.astype(np.float64), eps)
         narrow = [
-            ops.rms_norm(x, scale.astype(np.float32), eps)
-            for x in (self.precision.result(self.true.astype(np.float32)), self.rounded)
+            ops.rms_norm(x, scale.astype(np.float32), eps) for x in (self._sample(), self.rounded)
         ]
         noise = [{"norm": _worst(x, wide)} for x in narrow]
-        tally = {mode: Tally(len(wide)) for mode in ("noise0", "noise1", "isolated", "propagated")}
+        sizes = {"noise0": len(narrow[0]), "noise1": len(narrow[0])}
+        sizes |= dict.fromkeys(MODES, len(wide))
+        tally = {mode: Tally(size) for mode, size in sizes.items()}
         heads = self.candidate.head(self.true) if self.isolated else None
-        for rows in slices(self.config.vocab_size):
+        for rows in slices(self.config):
             true = wide @ unembedding[rows].astype(np.float64).T
             held = self.precision.weight("unembedding.weight", unembedding[rows].astype(np.float32))
             for i, x in enumerate(narrow):
-                tally[f"noise{i}"].add(ops.linear(x, held, None), true)
+                tally[f"noise{i}"].add(ops.linear(x, held, None), true[: len(x)])
             if heads is not None:
                 _, ours = next(heads)
                 tally["isolated"].add(ours["logits"], true)
@@ -301,7 +305,7 @@ def relative(ours: NDArray, true: NDArray) -> NDArray:
 
 
 def _worst(ours: NDArray, true: NDArray) -> float:
-    return float(relative(ours, true).max())
+    return float(relative(ours, true[: len(ours)]).max())
 
 
 def _coarseness(p: Precision) -> tuple[bool, int, int]:
