@@ -3,7 +3,8 @@
     def run(model: Annotated[str, Argument(help="a path")], seed: Annotated[int, Option()] = 0)
 
 Splitting words and nothing else: the libraries made for this take longer to import than the small
-model takes to answer. A parameter whose type is a dataclass stands for all of its fields.
+model takes to answer. A parameter whose type is a dataclass stands for all of its fields; what
+their metadata say are an Option's own words.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import getopt
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -93,13 +94,14 @@ class Word:
 def words_of(run: Callable[..., Any], group: str | None = None) -> Iterator[Word]:
     """The parameters of a command, those of its dataclasses among them."""
     hints = get_type_hints(run, include_extras=True)
+    notes = {one.name: one.metadata for one in fields(run)} if is_dataclass(run) else {}
     for name, parameter in inspect.signature(run).parameters.items():
         hint = hints[name]
         if is_dataclass(hint):
             assert isinstance(hint, type)
             yield from words_of(hint, name)
             continue
-        said: Argument = Option()
+        said: Argument = Option(**notes.get(name, {}))
         if get_origin(hint) is Annotated:
             hint, said = get_args(hint)
         if get_origin(hint) in (Union, UnionType):
@@ -150,8 +152,11 @@ def _grouped(run: Callable[..., Any], values: dict[tuple[str | None, str], Any])
     """By parameter of ``run``: dataclasses are made of their fields."""
     grouped = {name: value for (group, name), value in values.items() if group is None}
     for group in {group for group, _ in values if group is not None}:
-        fields = {name: value for (g, name), value in values.items() if g == group}
-        grouped[group] = get_type_hints(run)[group](**fields)
+        inner = {name: value for (g, name), value in values.items() if g == group}
+        try:
+            grouped[group] = get_type_hints(run)[group](**inner)
+        except ValueError as error:
+            raise WrongCommandLine(str(error)) from None
     return grouped
 
 

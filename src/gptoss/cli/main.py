@@ -12,7 +12,18 @@ from gptoss import __version__
 from gptoss.cli.arguments import WrongCommandLine, columns, explained, parse
 from gptoss.cli.endings import guarded
 
-COMMANDS = ("generate", "chat", "inspect", "convert", "synthesize", "models", "bench", "serve")
+COMMANDS = (
+    "generate",
+    "chat",
+    "inspect",
+    "convert",
+    "synthesize",
+    "models",
+    "bench",
+    "serve",
+    "train",
+    "verify",
+)
 
 
 def command(name: str) -> Callable[..., None]:
@@ -50,6 +61,14 @@ def command(name: str) -> Callable[..., None]:
             from gptoss.cli import serve
 
             return serve.run
+        case "train":
+            from gptoss.cli import train
+
+            return train.run
+        case "verify":
+            from gptoss.cli import verify
+
+            return verify.run
     near = [known for known in COMMANDS if known.startswith(name[:1])]
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise WrongCommandLine(f"there is no command {name!r}{hint}")
@@ -75,6 +94,10 @@ def _main(typed: list[str]) -> None:
             case [name, *words]:
                 run = command(name)
                 title = f"gptoss {name}"
+                if name == "train" and words and not words[0].startswith("-"):
+                    from gptoss.cli import train
+
+                    run, title, words = train.recipe(words[0]), f"{title} {words[0]}", words[1:]
                 if _asks_for_help(words):
                     print(explained(title, run))
                 else:

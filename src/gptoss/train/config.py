@@ -5,14 +5,19 @@ Nothing here needs torch, so that the command line can be read without it.
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from gptoss.model.mxfp4 import Rule
+from gptoss.text.messages import CHANNELS, Role
 
 Schedule = Literal["constant", "linear", "cosine", "wsd"]
 NEW = {"save_every", "keep", "milestone", "threads", "tensorboard"}  # a run may go on with others
 
 
-def said(default: Any, text: str, least: float = 0.0, most: float = math.inf) -> Any:
-    """A field with its help and its bounds."""
+def said(default: Any, text: str, least: float | None = None, most: float | None = None) -> Any:
+    """A field with its help and its bounds; a number is at least zero."""
+    if least is None and isinstance(default, int | float) and not isinstance(default, bool):
+        least = 0
     return field(default=default, metadata={"help": text, "min": least, "max": most})
 
 
@@ -22,7 +27,7 @@ class TrainConfig:
 
     steps: int = said(1000, "updates of the parameters", 1)
     lr: float = said(1e-4, "peak learning rate of AdamW")
-    muon: float | None = said(None, "train the matrices by Muon, with this peak learning rate")
+    muon: float | None = said(None, "train the matrices by Muon, with this peak learning rate", 0)
     weight_decay: float = said(0.0, "of AdamW, on matrices only")
     beta1: float = said(0.9, "of AdamW", 0.0, 0.9999)
     beta2: float = said(0.95, "of AdamW", 0.0, 0.999999)
@@ -34,7 +39,6 @@ class TrainConfig:
     balance: float = said(0.0, "weight of the router's load-balancing loss")
     autocast: bool = said(False, "compute in bfloat16; parameters keep their own dtype")
     recompute: bool = said(False, "keep no activations inside layers: less memory, more time")
-    compile: bool = said(False, "compile layers with torch.compile")
     seed: int = said(0, "of new parameters and of the order of the data")
     save_every: int = said(200, "steps between checkpoints", 1)
     keep: int = said(2, "newest checkpoints to keep", 1)
@@ -54,8 +58,8 @@ def check(config: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         least, most = one.metadata["min"], one.metadata["max"]
-        if not least <= value <= most or math.isinf(value):  # false for NaN too
-            upper = "" if math.isinf(most) else f" and at most {most:g}"
+        if not least <= value <= (math.inf if most is None else most) or math.isinf(value):
+            upper = "" if most is None else f" and at most {most:g}"
             raise ValueError(f"{one.name} must be at least {least:g}{upper}, not {value}")
 
 
@@ -75,3 +79,43 @@ def rate(step: int, c: TrainConfig) -> float:
         case other:
             raise ValueError(f"schedule must be constant, linear, cosine or wsd, not {other!r}")
     return warm * (c.floor + (1.0 - c.floor) * level)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What a supervised recipe learns from."""
+
+    tokens: int = said(4096, "most tokens of a batch, and of a conversation", 2)
+    accumulate: int = said(1, "batches of a step", 1)
+    train_on: str = said("assistant", "whose messages are learned: roles, role/channel, by commas")
+
+    def __post_init__(self) -> None:
+        check(self)
+        self.selection()
+
+    def selection(self) -> list[str]:
+        """``train_on`` as a list. Raises ValueError for what is no role."""
+        chosen = [part.strip() for part in self.train_on.split(",")]
+        for part in chosen:
+            role, _, channel = part.partition("/")
+            if role not in get_args(Role) or (channel and channel not in CHANNELS):
+                raise ValueError(
+                    f"train_on: {part!r} is no role ({', '.join(get_args(Role))}), alone or with "
+                    f"/channel ({', '.join(CHANNELS)})"
+                )
+        return chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What of a checkpoint is trained. Everything, unless something is said."""
+
+    lora: int = said(0, "rank of adapters on attention and experts, which then stay packed")
+    alpha: float = said(16.0, "strength of the adapters: their product counts alpha / rank")
+    qat: Rule | None = said(None, "compute as if packed to MXFP4 by this rule for scales")
+    dtype: Literal["float32", "bfloat16"] = said("float32", "of the parameters")
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.lora and self.qat:
+            raise ValueError("lora and qat exclude each other: adapted experts stay packed")

@@ -6,7 +6,6 @@ back; what is kept is one number a token.
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -63,21 +62,13 @@ def cross_entropy(
 
 
 def layer_of(config: TrainConfig) -> Callable[..., Any]:
-    """``model.decode_block``, compiled or recomputed on the way back as the config says."""
-    block = _compiled() if config.compile else wiring.decode_block
-    if not config.recompute:
-        return block
-
-    def recomputed(*args: Any) -> Any:
-        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
-
-    return recomputed
+    """What computes a layer: ``model.decode_block``, recomputed if the config says so."""
+    return recomputed if config.recompute else wiring.decode_block
 
 
-@cache
-def _compiled() -> Callable[..., Any]:
-    compiled: Callable[..., Any] = torch.compile(wiring.decode_block, dynamic=True)
-    return compiled
+def recomputed(*args: Any) -> Any:
+    """``model.decode_block`` that keeps nothing inside and is computed again on the way back."""
+    return checkpoint(wiring.decode_block, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def logprobs(x: Tensor, table: Tensor, targets: Tensor) -> Tensor:

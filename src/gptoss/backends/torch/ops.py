@@ -150,11 +150,11 @@ def expert(x: Tensor, w: Any, e: int, limit: float) -> Tensor:
 
 def apart(stack: Any) -> Any:
     """The matrices of a stack; of tensors all at once, for a slice's gradient is a whole stack."""
-    return stack.unbind() if isinstance(stack, Tensor) else stack
+    return stack.unbind() if hasattr(stack, "unbind") else stack
 
 
 def multiply(x: Tensor, stack: Any, e: int, bias: Tensor | None = None) -> Tensor:
-    """``x`` by matrix ``e`` of a stack: of tensors, packed, or a module that answers (x, e)."""
+    """``x`` by matrix ``e`` of a stack: of tensors, packed, or whatever answers (x, e)."""
     if isinstance(stack, Tensor | tuple):
         return F.linear(x, stack[e].to(x.dtype), bias)
     product: Tensor = stack(x, e)

@@ -1,0 +1,199 @@
+"""The supervised recipes: from nothing, and from a checkpoint, on files of JSON lines.
+
+    sft("nano", ["chats.jsonl"], "runs/first", config=TrainConfig(steps=300, lr=1e-3))
+    sft("openai/gpt-oss-20b", ["chats.jsonl"], "runs/lora", tuning=Tuning(lora=8))
+    pretrain("nano", ["texts.jsonl"], "runs/new", tokenizer="words.json")
+
+Each goes on where an earlier call with the same arguments was interrupted.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptoss.backends.torch.modules import Transformer
+from gptoss.checkpoint.files import read_json
+from gptoss.checkpoint.open import Checkpoint, open_checkpoint
+from gptoss.errors import TrainingError
+from gptoss.llm.models import resolve
+from gptoss.model.config import PRESETS, ModelConfig
+from gptoss.text.tokenizer import Tokenizer
+from gptoss.train.batch import Document
+from gptoss.train.config import Reading, TrainConfig, Tuning
+from gptoss.train.conversation import documents
+from gptoss.train.corpus import Corpus
+from gptoss.train.folder import read_state
+from gptoss.train.lint import lint
+from gptoss.train.lora import adapt
+from gptoss.train.loss import cross_entropy
+from gptoss.train.quantize import quantize
+from gptoss.train.trainer import Row, Trainer
+
+Paths = Sequence[Path | str]
+Watch = Callable[[Row], None]
+Looked = Callable[[int, int], None]
+
+
+def sft(
+    model: Path | str,
+    data: Paths,
+    path: Path | str,
+    *,
+    config: TrainConfig = TrainConfig(),  # noqa: B008 (frozen)
+    reading: Reading = Reading(),  # noqa: B008
+    tuning: Tuning = Tuning(),  # noqa: B008
+    watch: Watch | None = None,
+    looked: Looked | None = None,
+) -> Trainer[Any]:
+    """Train a checkpoint on conversations: all of it, adapters only, or for MXFP4.
+
+    Args:
+        model: "nano", a checkpoint's path, or a Hugging Face id.
+        data: files of JSON lines; see ``conversation.py``.
+        path: the run's directory.
+        config, reading, tuning: how to train, what to learn from, and what is trained.
+        watch: is told each step's metrics.
+        looked: is told how many lines of how many have been checked before training.
+
+    Raises:
+        TrainingError: a line is no conversation, the loss is no number, the directory is taken.
+        CheckpointError: the model cannot be read, or a checkpoint cannot be written.
+    """
+    asked = {"recipe": "sft", "model": str(model), "tokenizer": None, **asdict(tuning)}
+    return _supervised(asked, data, path, config, reading, watch, looked)
+
+
+def pretrain(
+    model: Path | str,
+    data: Paths,
+    path: Path | str,
+    *,
+    tokenizer: Path | str | None = None,
+    config: TrainConfig = TrainConfig(),  # noqa: B008
+    reading: Reading = Reading(),  # noqa: B008
+    watch: Watch | None = None,
+    looked: Looked | None = None,
+) -> Trainer[Any]:
+    """Train a new model. As ``sft``, but ``model`` is a preset's name or the path of a config.json.
+
+    ``tokenizer`` is the path of a tokenizer.json; without one it is gpt-oss's own vocabulary.
+    """
+    words = None if tokenizer is None else str(tokenizer)
+    asked = {"recipe": "pretrain", "model": str(model), "tokenizer": words, **asdict(Tuning())}
+    return _supervised(asked, data, path, config, reading, watch, looked)
+
+
+def _supervised(
+    asked: dict[str, Any],
+    data: Paths,
+    path: Path | str,
+    config: TrainConfig,
+    reading: Reading,
+    watch: Watch | None,
+    looked: Looked | None,
+) -> Trainer[Any]:
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    words, numbers = tokenizer_of(asked), numbers_of(asked)
+    if words.vocab_size > numbers.vocab_size:
+        raise TrainingError(
+            f"{asked['model']} has {numbers.vocab_size} words, but the tokenizer "
+            f"{words.vocab_size}; give the model's own tokenizer.json"
+        )
+    corpus = corpus_of(data, words, reading, numbers.context_length, config.seed)
+    if not (Path(path) / "states").exists():
+        lint(corpus, looked)
+    torch.manual_seed(config.seed)
+    module = build(asked, config.device)
+    asked |= {"data": [str(file) for file in data], "checksums": corpus.checksums}
+    trainer: Trainer[Any] = Trainer(
+        module, config, path, asked=asked | asdict(reading), watch=watch
+    )
+    trainer.run(
+        lambda position: corpus.draw(position, tokens=reading.tokens, batches=reading.accumulate),
+        lambda batch: cross_entropy(module, batch, config),
+    )
+    return trainer
+
+
+def corpus_of(
+    data: Paths, tokenizer: Tokenizer, reading: Reading, context: int, seed: int = 0
+) -> Corpus:
+    """The files, read as ``reading`` says."""
+    longest = min(reading.tokens, context)
+    train_on = reading.selection()
+
+    def render(raw: Any, origin: str) -> list[Document]:
+        return documents(raw, tokenizer, train_on=train_on, longest=longest, origin=origin)
+
+    return Corpus(data, render, seed)
+
+
+def tokenizer_of(asked: dict[str, Any]) -> Tokenizer:
+    """The run's vocabulary: its own file's, or its model's, or gpt-oss's."""
+    path = tokenizer_path(asked)
+    return Tokenizer.o200k_harmony() if path is None else Tokenizer.from_file(path)
+
+
+def tokenizer_path(asked: dict[str, Any]) -> Path | None:
+    """The tokenizer.json of a run, where it has one."""
+    if asked["tokenizer"] is not None:
+        return Path(asked["tokenizer"])
+    return None if asked["recipe"] == "pretrain" else _checkpoint(asked).tokenizer_path
+
+
+def numbers_of(asked: dict[str, Any]) -> ModelConfig:
+    """The run's model config. Raises TrainingError if there is none by its name."""
+    if asked["recipe"] != "pretrain":
+        return _checkpoint(asked).config
+    name = asked["model"]
+    if name in PRESETS:
+        preset: ModelConfig = PRESETS[name]()
+        return preset
+    if not Path(name).is_file():
+        raise TrainingError(
+            f"{name}: a new model is {', '.join(PRESETS)}, or the path of a config.json"
+        )
+    return ModelConfig.from_json(read_json(Path(name)), origin=name)
+
+
+def _checkpoint(asked: dict[str, Any]) -> Checkpoint:
+    where = resolve(asked["model"])
+    if (where / "states").is_dir():
+        raise TrainingError(f"{where}: this is a run; export it first: gptoss train export {where}")
+    return open_checkpoint(where)
+
+
+def build(asked: dict[str, Any], device: str) -> Transformer:
+    """The model that a run begins with, and in it what is trained."""
+    if asked["recipe"] == "pretrain":
+        return Transformer(numbers_of(asked)).to(device)
+    tuning = Tuning(**{one.name: asked[one.name] for one in fields(Tuning)})
+    where = _checkpoint(asked).path
+    packed = tuning.lora > 0
+    module = Transformer.from_checkpoint(where, device, tuning.dtype, packed=packed)
+    if tuning.lora:
+        adapt(module, tuning.lora, tuning.alpha)
+    elif tuning.qat:
+        quantize(module, tuning.qat)
+    return module
+
+
+def load_run(path: Path | str, device: str = "cpu") -> tuple[Transformer, dict[str, Any]]:
+    """The model of a run as its newest checkpoint has it, and what the run was begun with."""
+    states = Path(path) / "states"
+    steps = [p for p in states.iterdir() if p.name.isdigit()] if states.is_dir() else []
+    if not steps:
+        raise TrainingError(f"{path}: there is no run with a checkpoint here")
+    asked = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    model = build(asked, device)
+    state = read_state(max(steps, key=lambda p: int(p.name)))
+    mine = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in state["model"].items():
+            mine[name].copy_(tensor)
+    return model, asked
