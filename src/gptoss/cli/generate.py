@@ -2,6 +2,7 @@
 
 gptoss generate -p "What is 17 + 25?"
 echo "Why is the sky blue?" | gptoss generate openai/gpt-oss-20b --effort low
+gptoss generate -p "What is 17 + 25?" --trace a.npz
 gptoss generate checkpoints/20b --raw -p "Once upon a time" -l 50 --logprobs
 """
 
@@ -16,6 +17,7 @@ from gptoss.cli import options
 from gptoss.cli.arguments import Option, WrongCommandLine
 from gptoss.cli.endings import usage
 from gptoss.cli.terminal import Screen, decoded, shown, typed
+from gptoss.cli.tracing import Tracing
 
 if TYPE_CHECKING:
     from gptoss.llm import LLM
@@ -39,18 +41,20 @@ def run(
     *,
     drawing: options.Drawing,
     loading: options.Loading,
+    tracing: Tracing,
 ) -> None:
     """Answer a prompt: thoughts on stderr, the answer on stdout."""
     how = drawing.checked()
     text = read_prompt(prompt)
     llm = loading.load(model)
-    if raw or logprobs:
-        with usage():
-            tokens = prompt_tokens(llm, text, None if raw else effort)
-            drawn = llm.tokens.generate(tokens, return_logprobs=True, **how)
-        (print_json if json_ else print_logprobs if logprobs else print_text)(llm, drawn)
-    else:
-        answer(llm, text, effort, how, json_)
+    with tracing.of(llm, model):
+        if raw or logprobs:
+            with usage():
+                tokens = prompt_tokens(llm, text, None if raw else effort)
+                drawn = llm.tokens.generate(tokens, return_logprobs=True, **how)
+            (print_json if json_ else print_logprobs if logprobs else print_text)(llm, drawn)
+        else:
+            answer(llm, text, effort, how, json_)
 
 
 def read_prompt(given: str | None) -> str:
