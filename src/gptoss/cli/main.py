@@ -23,6 +23,7 @@ COMMANDS = (
     "serve",
     "train",
     "verify",
+    "diff",
 )
 
 
@@ -69,6 +70,10 @@ def command(name: str) -> Callable[..., None]:
             from gptoss.cli import verify
 
             return verify.run
+        case "diff":
+            from gptoss.cli import diff
+
+            return diff.run
     near = [known for known in COMMANDS if known.startswith(name[:1])]
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise WrongCommandLine(f"there is no command {name!r}{hint}")
