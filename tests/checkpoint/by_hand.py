@@ -26,7 +26,14 @@ TINY = ModelConfig(  # no two axes of a matrix alike
     initial_context_length=256,
     rope_scaling_factor=8.0,
 )
-SPELLED = {"bfloat16": "BF16", "float32": "F32", "float16": "F16", "uint8": "U8", "float64": "F64"}
+SPELLED = {
+    "uint32": "U32",
+    "bfloat16": "BF16",
+    "float32": "F32",
+    "float16": "F16",
+    "uint8": "U8",
+    "float64": "F64",
+}
 
 
 def canonical(c: ModelConfig = TINY, seed: int = 0) -> dict[str, Any]:
@@ -45,10 +52,17 @@ def stored(layout: Layout, weights: dict[str, Any], c: ModelConfig = TINY) -> di
     """The same weights as a file of this layout holds them."""
     found = {}
     for e in layout.entries(c):
-        x = weights[e.canonical]
+        x, every = weights[e.canonical], slice(e.half, None, None if e.half is None else 2)
         match e.part:
-            case "blocks" | "scales":
-                found[e.name] = getattr(x, e.part)
+            case "blocks":
+                found[e.name] = x.blocks
+            case "scales":
+                found[e.name] = x.scales[:, every]
+            case "words":
+                raw = np.ascontiguousarray(x.blocks[:, every])
+                found[e.name] = raw.reshape(*raw.shape[:2], -1).view("<u4")
+            case "half":
+                found[e.name] = x[:, every]
             case "rows":
                 found[e.name] = x[slice(*e.rows)]
             case "transposed":
@@ -99,5 +113,8 @@ def write(folder: Path, layout: Layout, weights: dict[str, Any], *, shards: int 
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     dialect = "original" if layout.name == "original" else "huggingface"
     config = TINY.to_json(dialect, packed=layout.packed)
+    if layout.name == "mlx":
+        config["quantization"] = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+        config["quantization_config"] = config["quantization"]
     (folder / "config.json").write_text(json.dumps(config))
     return folder

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from gptoss.checkpoint.files import read_json, shown, some
 from gptoss.checkpoint.huggingface import HUGGINGFACE, HUGGINGFACE_BF16
 from gptoss.checkpoint.layout import Entry, Layout
+from gptoss.checkpoint.mlx import MLX, interleaved, is_mlx, packed, unrounded
 from gptoss.checkpoint.openai import ORIGINAL
 from gptoss.checkpoint.safetensors import HostTensor
 from gptoss.checkpoint.shards import SUPPORTED, find, read_all, unfinished
@@ -28,7 +29,7 @@ from gptoss.model.config import ModelConfig
 from gptoss.model.mxfp4 import BLOCK, Packed
 from gptoss.model.weights import Stored
 
-LAYOUTS = {layout.name: layout for layout in (ORIGINAL, HUGGINGFACE, HUGGINGFACE_BF16)}
+LAYOUTS = {layout.name: layout for layout in (ORIGINAL, HUGGINGFACE, HUGGINGFACE_BF16, MLX)}
 DENSE = ("BF16", "F32", "F16")
 CHUNK = 1 << 20  # values that ``check`` looks at together
 # Where each format keeps its exponent, and the integer of its width.
@@ -63,8 +64,8 @@ class Checkpoint:
     def read(self, name: str) -> Stored:
         """A canonical tensor as stored, read-only: an array, or ``Packed`` experts.
 
-        Views into the mapped files; only Hugging Face's queries, keys and values, which the
-        canonical layout fuses, are copied together.
+        Views into the mapped files; only what the canonical layout fuses is copied together:
+        Hugging Face's queries, keys and values, and MLX's gate and up.
         """
         if name not in self._parts:
             raise self._unknown(name)
@@ -72,6 +73,10 @@ class Checkpoint:
         match self._parts[name][0].part:
             case "blocks" | "scales":
                 return Packed(parts["blocks"], parts["scales"])
+            case "words":
+                return packed(self._parts[name], self.tensors)
+            case "half":
+                return interleaved([self.tensors[e.name].array() for e in self._parts[name]])
             case "rows":
                 rows = [self.tensors[e.name].array() for e in self._parts[name]]
                 return np.concatenate(rows)
@@ -102,7 +107,7 @@ class Checkpoint:
             CheckpointError: a dense tensor has an infinity or a NaN, or a scale of MXFP4 is 255.
         """
         for tensor in self.tensors.values():
-            if self._entries[tensor.name].part == "blocks":
+            if self._entries[tensor.name].part in ("blocks", "words"):
                 continue  # every nibble is a number
             for start, chunk in _chunks(tensor):
                 bad = _no_number(chunk)
@@ -178,9 +183,11 @@ def layout_of(names: Iterable[str], origin: str = "checkpoint") -> Layout:
         )
     if ours:
         return ORIGINAL
+    if theirs and is_mlx(theirs):
+        return MLX
     if theirs:
-        packed = any(n.endswith(("_blocks", "_scales")) for n in theirs)
-        return HUGGINGFACE if packed else HUGGINGFACE_BF16
+        four_bits = any(n.endswith(("_blocks", "_scales")) for n in theirs)
+        return HUGGINGFACE if four_bits else HUGGINGFACE_BF16
     found = f"tensors called {some(names)}" if names else "no tensors"
     raise CheckpointError(f"{origin}: {found}; this is no gpt-oss checkpoint. {SUPPORTED}")
 
@@ -198,6 +205,8 @@ def _open(path: Path, folder: Path) -> Checkpoint:
         raise CheckpointError(f"{config_path}: missing. Without it the weights have no meaning.")
     config = ModelConfig.from_json(read_json(config_path), origin=str(config_path))
     layout = layout_of(tensors, str(path))
+    if layout is MLX:
+        tensors = unrounded(tensors, config, str(path))
     _check(path, config, layout, tensors)
     nbytes = sum({t.path: len(t.mapped) for t in tensors.values()}.values())
     return Checkpoint(path, config, layout, tuple(files), nbytes, tensors)
@@ -245,7 +254,7 @@ def _mistyped(entries: list[Entry], tensors: dict[str, HostTensor]) -> list[str]
     here = [(e, tensors[e.name].dtype) for e in entries if e.name in tensors]
     faults = []
     for e, dtype in here:
-        allowed = ("U8",) if e.dtype == "U8" else DENSE
+        allowed = (e.dtype,) if e.dtype in ("U8", "U32") else DENSE
         if dtype not in allowed:
             faults.append(f"{e.name} is {dtype}, not {' or '.join(allowed)}")
     pairs = {(e.canonical, dtype) for e, dtype in here if e.part == "rows"}

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptoss.checkpoint.layout import Entry
+from gptoss.checkpoint.mlx import rows_of
 from gptoss.errors import CheckpointError
 from gptoss.model.mxfp4 import Packed, Rule, encode
 from gptoss.model.weights import Read, Stored
@@ -45,6 +46,14 @@ class Source:
             )
         if entries[0].part == "transposed":
             yield from self._transposed(stored, canonical)
+        elif entries[0].part == "words":
+            for words, scales in zip(entries[::2], entries[1::2], strict=True):
+                assert (words.part, scales.part, words.half) == ("words", "scales", scales.half)
+                yield from self._packed(stored[rows_of(words)], canonical)
+        elif entries[0].part == "half":
+            assert isinstance(stored, np.ndarray), f"{canonical} is packed, but a vector"
+            for entry in entries:
+                yield from (_bf16(slab, canonical) for slab in _slabs(stored[rows_of(entry)]))
         elif entries[0].part == "blocks":
             assert [entry.part for entry in entries] == ["blocks", "scales"], entries
             yield from self._packed(stored, canonical)

@@ -21,6 +21,7 @@ import numpy as np
 from gptoss.checkpoint import safetensors
 from gptoss.checkpoint.files import read_json
 from gptoss.checkpoint.layout import Entry, Layout
+from gptoss.checkpoint.mlx import MLX, QUANTIZATION
 from gptoss.checkpoint.open import LAYOUTS, open_checkpoint
 from gptoss.checkpoint.pieces import THREADS, Source
 from gptoss.checkpoint.staged import staged, sync
@@ -118,7 +119,7 @@ def save(
         if len(plan) > 1:
             _write_json(partial / "model.safetensors.index.json", _index(plan, total))
         _write_beside(partial, config, form, tokenizer_path)
-        _write_json(partial / "config.json", config.to_json(_dialect(form), packed=form.packed))
+        _write_json(partial / "config.json", _config(config, form))
         _verify(partial, config, form, plan)
     return target
 
@@ -129,12 +130,17 @@ def _layout(name: str) -> Layout:
     return LAYOUTS[name]
 
 
-def _dialect(form: Layout) -> Dialect:
-    return "original" if form.name == "original" else "huggingface"
+def _config(config: ModelConfig, form: Layout) -> dict[str, Any]:
+    dialect: Dialect = "original" if form.name == "original" else "huggingface"
+    found = config.to_json(dialect, packed=form.packed)
+    if form is MLX:
+        found |= {"quantization": QUANTIZATION, "quantization_config": QUANTIZATION}
+    return found
 
 
 def _metadata(form: Layout) -> dict[str, str]:
-    return {} if form.name == "original" else {"format": "pt"}  # transformers insists on it
+    """Transformers insists on a format."""
+    return {} if form.name == "original" else {"format": "mlx" if form is MLX else "pt"}
 
 
 def _check_columns(config: ModelConfig, form: Layout) -> None:
@@ -147,7 +153,7 @@ def _check_columns(config: ModelConfig, form: Layout) -> None:
 
 
 def _nbytes(entry: Entry) -> int:
-    return math.prod(entry.shape) * (1 if entry.dtype == "U8" else 2)
+    return math.prod(entry.shape) * {"U8": 1, "U32": 4}.get(entry.dtype, 2)
 
 
 def _plan(config: ModelConfig, form: Layout, shard_bytes: int | None) -> dict[str, list[Entry]]:

@@ -10,8 +10,8 @@ from gptoss.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SUPPORTED = (
-    "Give a directory with config.json and *.safetensors, in the original or the Hugging Face "
-    "layout, or one .safetensors file with config.json beside it."
+    "Give a directory with config.json and *.safetensors, in the original, the Hugging Face or "
+    "the mlx-lm layout, or one .safetensors file with config.json beside it."
 )
 UNFINISHED = ("*.incomplete", "*.part", "*.partial", "*.crdownload", "*.aria2", "*.download")
 

@@ -2,6 +2,7 @@
 
 gptoss convert checkpoints/20b/original checkpoints/20b-hf --to huggingface
 gptoss convert openai/gpt-oss-20b 20b-bf16 --to huggingface-bf16
+gptoss convert openai/gpt-oss-20b 20b-mlx --to mlx
 gptoss convert openai/gpt-oss-20b 20b.gguf --to gguf --dense q8_0
 """
 
@@ -18,7 +19,8 @@ def run(
     source: Annotated[str, Argument(help="a checkpoint's path, or a Hugging Face id")],
     target: Annotated[Path, Argument(help="the directory to make; of a GGUF, the file")],
     to: Annotated[
-        Literal["original", "huggingface", "huggingface-bf16", "gguf"], Option(help="layout")
+        Literal["original", "huggingface", "huggingface-bf16", "mlx", "gguf"],
+        Option(help="layout"),
     ],
     dense: Annotated[
         Literal["bf16", "q8_0"] | None,

@@ -18,7 +18,7 @@ def run(
     preset: Annotated[Literal["20b", "120b", "nano"], Argument(help="whose shapes")],
     target: Annotated[Path, Argument(help="the directory to make")],
     layout: Annotated[
-        Literal["original", "huggingface", "huggingface-bf16"], Option(help="layout")
+        Literal["original", "huggingface", "huggingface-bf16", "mlx"], Option(help="layout")
     ] = "huggingface",
     seed: options.Seed = 0,
     layers: Annotated[

@@ -220,10 +220,10 @@ _FIXED = {
 _IGNORED = set(
     "architectures attention_dropout bos_token_id dtype eos_token_id experts_per_token "
     "initial_context_length initializer_range max_position_embeddings model_type "
-    "output_router_logits pad_token_id quantization_config router_aux_loss_coef torch_dtype "
-    "transformers_version use_cache rope_scaling rope_parameters layer_types _name_or_path "
-    "output_attentions output_hidden_states return_dict chunk_size_feed_forward id2label label2id "
-    "is_encoder_decoder problem_type auto_map".split()
+    "output_router_logits pad_token_id quantization quantization_config router_aux_loss_coef "
+    "torch_dtype transformers_version use_cache rope_scaling rope_parameters layer_types "
+    "_name_or_path output_attentions output_hidden_states return_dict chunk_size_feed_forward "
+    "id2label label2id is_encoder_decoder problem_type auto_map".split()
 )
 
 
@@ -269,8 +269,8 @@ def _check_kind(raw: Mapping[str, Any], origin: str) -> None:
         raise CheckpointError(
             f"{origin}: architectures is {kinds!r}, without the 'GptOssForCausalLM' of gpt-oss"
         )
-    if packing is None:
-        return
+    if packing is None or (isinstance(packing, Mapping) and packing == raw.get("quantization")):
+        return  # there is none, or it is mlx-lm's, said twice
     method = packing.get("quant_method") if isinstance(packing, Mapping) else packing
     if method != "mxfp4":
         raise CheckpointError(

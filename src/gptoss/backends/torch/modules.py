@@ -403,7 +403,8 @@ def canonical_state_dict(state: Mapping[str, Tensor], config: ModelConfig) -> di
     Understands the original layout and Hugging Face's ``GptOssForCausalLM``, packed or not. Packed
     experts stay so, as ``<name>.blocks`` and ``<name>.scales``.
     """
-    entries = {e.name: e for layout in LAYOUTS.values() for e in layout.entries(config)}
+    layouts = [layout for layout in LAYOUTS.values() if layout.name != "mlx"]
+    entries = {e.name: e for layout in layouts for e in layout.entries(config)}
     new, rows = {}, defaultdict(list)
     for name, tensor in state.items():
         entry = entries.get(name)
