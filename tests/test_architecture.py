@@ -18,7 +18,7 @@ FLOORS = [
     {"backends"},
     {"engine"},
     {"llm"},
-    {"server", "train", "verify", "bench"},
+    {"server", "train", "verify", "sight", "bench"},
     {"cli"},
 ]
 DATA = {"assets"}  # no code at all
@@ -34,6 +34,7 @@ NUMERIC = (
     "llm",
     "train",
     "verify",
+    "sight",
     "bench",
 )
 ELSEWHERE = {
@@ -50,7 +51,7 @@ ELSEWHERE = {
     "prometheus_client": ("server",),
     "mcp": ("tools",),
     "torch": ("backends/torch", "backends/triton", "train"),
-    "matplotlib": ("train",),
+    "matplotlib": ("train", "sight"),
     "triton": ("backends/triton",),
     "mlx": ("backends/mlx",),
     "ttnn": ("backends/ttnn",),

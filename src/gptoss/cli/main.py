@@ -24,6 +24,7 @@ COMMANDS = (
     "train",
     "verify",
     "diff",
+    "look",
 )
 
 
@@ -70,6 +71,10 @@ def command(name: str) -> Callable[..., None]:
             from gptoss.cli import verify
 
             return verify.run
+        case "look":
+            from gptoss.cli import look
+
+            return look.run
         case "diff":
             from gptoss.cli import diff
 
