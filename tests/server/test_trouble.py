@@ -1,11 +1,12 @@
 """Whatever arrives, the answer is a precise error in one form, and the next request is served."""
 
 import json
+from contextlib import ExitStack, suppress
 
 import pytest
 
-from gptoss.server.run import LARGEST_HEADER
-from tests.server.conftest import QUESTION, WEATHER
+from gptoss.server.connection import LARGEST_HEADER
+from tests.server.conftest import QUESTION, WEATHER, running, until
 
 CHAT = "/v1/chat/completions"
 IMAGE = {"type": "image_url", "image_url": {"url": "http://127.0.0.1/x.png"}}
@@ -194,16 +195,98 @@ def test_header_lines_without_end(server):
     with server.connect() as raw:
         begun = b"GET / HTTP/1.1\r\nx: "
         raw.sendall(begun + b"y" * (LARGEST_HEADER + 1 - len(begun)))
-        assert b"400" in raw.recv(100)
+        told(raw, 400)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"hello\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS, to where there is none
+        b"GET / HTTP/1.1\r\n\r\n",  # without a host
+        b"GET / HTTP/1.1\r\nhost: localhost\r\na b: c\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: -1\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1\r\n"
+        b"content-length: 2\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\nno\r\n",
+        (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 6000)[: LARGEST_HEADER + 1],
+    ],
+)
+def test_what_is_no_http_is_told_so_in_the_one_form(server, sent):
+    with server.connect() as raw:
+        raw.sendall(sent)
+        told(raw, 400)
+
+
+def told(raw, status):
+    """The answer to raw bytes is an error in the one form, and the end."""
+    head, _, body = b"".join(iter(lambda: raw.recv(1 << 16), b"")).partition(b"\r\n\r\n")
+    assert head.startswith(f"HTTP/1.1 {status} ".encode()), head
+    assert b"content-type: application/json" in head.lower()
+    assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_page_that_calls_itself_by_this_address_is_refused(server):
+    """DNS rebinding: its own name, and the server's address behind it."""
+    with server.client() as client:
+        for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "[evil]", ""):
+            error = refused(client.get("/v1/models", headers={"host": host}), 403)
+            assert error["code"] == "host_not_allowed", host
+        for host in ("localhost", "LOCALHOST:8000", "127.0.0.1", "[::1]:80", "a.localhost:1"):
+            assert client.get("/v1/models", headers={"host": host}).status_code == 200, host
+
+
+def test_who_asks_for_a_key_may_have_any_name():
+    with running(keys=["k"]) as server, server.client() as client:
+        how = {"host": "models.example", "authorization": "Bearer k"}
+        assert client.get("/v1/models", headers=how).status_code == 200
 
 
 def test_slow_headers_are_hung_up_on(server, monkeypatch):
-    from gptoss.server import run
+    from gptoss.server import connection
 
-    monkeypatch.setattr(run, "HEADERS_WITHIN", 0.2)
+    monkeypatch.setattr(connection, "HEADERS_WITHIN", 0.2)
     with server.connect() as raw:
         raw.sendall(b"GET / HTTP/1.1\r\n")
         assert raw.recv(100) == b""
+
+
+def test_where_there_are_too_many_connections_the_idlest_goes(server, monkeypatch):
+    from gptoss.server import connection
+
+    monkeypatch.setattr(connection, "MOST_CONNECTIONS", 8)
+    begun = [b"", b"GET / HT", b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"]
+    begun.append(begun[-1] + b"content-length: 10\r\n\r\n{")
+    with ExitStack() as stack:
+        raws = [stack.enter_context(server.connect()) for _ in range(20)]
+        for i, raw in enumerate(raws):
+            with suppress(ConnectionError):
+                raw.sendall(begun[i % 4])
+        with server.slowly():  # whom the engine works for is not hung up on
+            body = json.dumps({"prompt": "a", "max_tokens": 8, "ignore_eos": True}).encode()
+            busy = stack.enter_context(server.connect())
+            head = begun[2] + b"content-type: application/json\r\nconnection: close\r\n"
+            busy.sendall(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+            until(lambda: server.busy)
+            raws += [stack.enter_context(server.connect()) for _ in range(20)]
+            assert b" 200 " in b"".join(iter(lambda: busy.recv(1 << 16), b""))
+        assert server.chat(max_tokens=1).status_code == 200
+        assert len(server.server.server_state.connections) <= 9
+
+
+def test_bodies_have_a_bound_together(server, monkeypatch):
+    from gptoss.server import gate
+
+    monkeypatch.setattr(gate, "TOGETHER", 1 << 20)
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 900000\r\n\r\n"
+    with server.connect() as slow:
+        slow.sendall(head + b" " * 800_000)
+        until(lambda: server.server.gate.bytes == 800_000)
+        body = json.dumps({"prompt": "x" * 300_000, "max_tokens": 1})
+        with server.client() as client:
+            how = {"content-type": "application/json"}
+            assert refused(client.post("/v1/completions", content=body, headers=how), 429)
+    until(lambda: server.server.gate.bytes == 0)
 
 
 def test_slow_bodies_are_told_so(server, monkeypatch):
@@ -212,7 +295,6 @@ def test_slow_bodies_are_told_so(server, monkeypatch):
     monkeypatch.setattr(gate, "SLOWEST", 0.2)
     with server.connect() as raw:
         raw.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-            b"content-length: 10\r\n\r\n{"
+            b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 10\r\n\r\n{"
         )
         assert b" 408 " in raw.recv(100)

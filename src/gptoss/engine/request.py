@@ -104,8 +104,10 @@ class Request:
             raise ValueError("best_of and beams exclude each other")
 
     def _check_numbers(self) -> None:
-        if not 0.0 < self.repetition_penalty < float("inf"):
-            raise ValueError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
+        if not 0.01 <= self.repetition_penalty <= 100.0:
+            raise ValueError(
+                f"repetition_penalty must be in 0.01..100, not {self.repetition_penalty}"
+            )
         for name in ("frequency_penalty", "presence_penalty", "length_penalty"):
             if not abs(getattr(self, name)) < float("inf"):
                 raise ValueError(f"{name} must be finite, not {getattr(self, name)}")

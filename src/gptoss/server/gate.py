@@ -1,10 +1,15 @@
-"""What every request passes before it is looked at: its name, its key, its size; and its line in
-the log."""
+"""What every request passes before it is looked at: its host, its key, its size; and its line in
+the log.
+
+A page in a browser can give its own name the address 127.0.0.1 and then ask as if it came from
+there. So who listens on such an address, and asks for no key, is called by an address or localhost.
+"""
 
 import asyncio
 import re
 import secrets
 import time
+from ipaddress import ip_address
 from typing import Any
 
 from fastapi import Request
@@ -19,7 +24,8 @@ from gptoss.server.sse import error_response
 OPEN = ("/health", "/ready")  # need no key, and are answered whatever is going on
 LARGEST = 8 << 20  # bytes of a body; 131,072 tokens take about 1 MiB
 SLOWEST = 30.0  # seconds for a body to arrive
-MOST = 512  # requests at once
+TOGETHER = 256 << 20  # bytes of all bodies that are here
+MOST = 512  # requests at once whose body has arrived
 ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 FIELD = re.compile(r"\w{1,40}", re.ASCII)
 
@@ -35,18 +41,20 @@ class Gate:
     def __init__(self, app: ASGIApp, *, keys: Keys, metrics: Metrics) -> None:
         self.app, self.keys, self.metrics = app, keys, metrics
         self.draining = False  # set when the server is to stop
-        self.inside = 0
+        self.local = False  # set when only this machine can reach the server
+        self.inside = self.working = 0  # requests; those whose body has arrived
+        self.bytes = 0  # of their bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI wants it."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        passage = Passage(scope, send)
+        passage, body = Passage(scope, send), bytearray()
         self.inside += 1
         try:
             self._admit(scope)
-            body = await _body(scope, receive)
-            await self.app(scope, _replay(body, receive), passage.send)
+            await self._take(scope, receive, body)
+            await self._pass(scope, receive, bytes(body), passage)
         except ApiError as error:
             await passage.refuse(error, receive)
         except Exception as error:
@@ -54,14 +62,18 @@ class Gate:
             await passage.refuse(failed(), receive)
         finally:
             self.inside -= 1
+            self.bytes -= len(body)
             self.metrics.answered.labels(str(passage.status or "none")).inc()
             passage.log()
 
     def _admit(self, scope: Scope) -> None:
+        if self.local and not self.keys and not _is_here(_header(scope, b"host")):
+            message = (
+                "this server is called localhost, or by its address, where it has no --api-key"
+            )
+            raise ApiError(403, message, type="permission_error", code="host_not_allowed")
         if scope["path"] in OPEN:
             return
-        if self.inside > MOST:
-            raise overloaded(f"{MOST} requests are here already; try again later")
         if not self.keys.fit(_header(scope, b"authorization")):
             raise ApiError(
                 401,
@@ -72,6 +84,38 @@ class Gate:
             )
         if self.draining:
             raise unavailable()
+
+    async def _take(self, scope: Scope, receive: Receive, body: bytearray) -> None:
+        """All of the body. Raises ApiError: too large, too slow, or too many are here."""
+        said = _header(scope, b"content-length") or b""
+        if said.isdigit() and int(said[:20]) > LARGEST:
+            raise _too_large()
+        try:
+            async with asyncio.timeout(SLOWEST):
+                more = True
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ApiError(400, "the client hung up")
+                    piece, more = message.get("body", b""), message.get("more_body", False)
+                    body += piece
+                    self.bytes += len(piece)
+                    if len(body) > LARGEST:
+                        raise _too_large()
+                    if self.bytes > TOGETHER:
+                        raise overloaded("too many large requests are here; try again later")
+        except TimeoutError:
+            late = f"the body did not arrive within {SLOWEST:.0f} seconds"
+            raise ApiError(408, late) from None
+
+    async def _pass(self, scope: Scope, receive: Receive, body: bytes, passage: "Passage") -> None:
+        if self.working >= MOST and scope["path"] not in OPEN:
+            raise overloaded(f"{MOST} requests are here already; try again later")
+        self.working += 1
+        try:
+            await self.app(scope, _replay(body, receive), passage.send)
+        finally:
+            self.working -= 1
 
 
 class Passage:
@@ -117,27 +161,18 @@ class Passage:
         return ",".join(names[:16])
 
 
-async def _body(scope: Scope, receive: Receive) -> bytes:
-    """All of it. Raises ApiError: too large, or too slow."""
-    said = _header(scope, b"content-length") or b""
-    if said.isdigit() and int(said[:20]) > LARGEST:
-        raise _too_large()
-    chunks: list[bytes] = []
-    size = 0
+def _is_here(host: bytes | None) -> bool:
+    """Whether a Host header is an address or localhost; without one it is no browser that asks."""
+    if host is None:
+        return True
+    name = re.sub(rb":\d*$", b"", host.strip()).strip(b"[]").decode("latin-1").lower()
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
     try:
-        async with asyncio.timeout(SLOWEST):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ApiError(400, "the client hung up")
-                chunks.append(message.get("body", b""))
-                size += len(chunks[-1])
-                if size > LARGEST:
-                    raise _too_large()
-                if not message.get("more_body"):
-                    return b"".join(chunks)
-    except TimeoutError:
-        raise ApiError(408, f"the body did not arrive within {SLOWEST:.0f} seconds") from None
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _too_large() -> ApiError:

@@ -11,6 +11,9 @@ class Keys:
     def __init__(self, keys: Iterable[str] = ()) -> None:
         self._digests = [_digest(key.encode("utf-8", "surrogateescape")) for key in keys if key]
 
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
     def fit(self, authorization: bytes | None) -> bool:
         """Whether the header ``Authorization: Bearer KEY`` says one."""
         if not self._digests:

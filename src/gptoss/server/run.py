@@ -3,22 +3,19 @@
 import asyncio
 import socket
 from collections.abc import Callable, Sequence
+from ipaddress import ip_address
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gptoss.engine.worker import WAITING, Worker
 from gptoss.errors import GptOssError
 from gptoss.grammar import prepare
 from gptoss.llm import LLM
 from gptoss.server.app import application, guarded
+from gptoss.server.connection import LARGEST_HEADER, Connection, make_room
 from gptoss.server.logs import note
 from gptoss.server.served import Served
 from gptoss.server.store import Store
-
-HEADERS_WITHIN = 20.0  # seconds that a client may take to say what it wants
-MOST_CONNECTIONS = 2048
-LARGEST_HEADER = 32 << 10  # bytes
 
 
 def serve_model(
@@ -56,6 +53,12 @@ def take_port(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         raise GptOssError(f"{where}: {getattr(error, 'strerror', None) or error}") from None
     return taken
+
+
+def is_local(sockets: Sequence[socket.socket]) -> bool:
+    """Whether only this machine can reach them."""
+    hosts = [taken.getsockname()[0] for taken in sockets]
+    return bool(hosts) and all(ip_address(host).is_loopback for host in hosts)
 
 
 def url(taken: socket.socket) -> str:
@@ -101,7 +104,9 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """See uvicorn."""
+        make_room()
         await super().startup(sockets)
+        self.gate.local = is_local(sockets or [])
         note("ready", {"model": self.served.name})
         self.ready()
 
@@ -118,38 +123,3 @@ class Server(uvicorn.Server):
         await self.desk.close()
         self.served.compiling.shutdown(wait=False, cancel_futures=True)
         note("stopped", {})
-
-
-class Connection(H11Protocol):
-    """One client. Who does not come to the point is hung up on."""
-
-    _patience: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """See asyncio."""
-        super().connection_made(transport)
-        if len(self.connections) > MOST_CONNECTIONS:
-            transport.close()
-        self._wait()
-
-    def data_received(self, data: bytes) -> None:
-        """See asyncio."""
-        super().data_received(data)
-        self._wait()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """See asyncio."""
-        self._relax()
-        super().connection_lost(exc)
-
-    def _wait(self) -> None:
-        """The clock runs while part of a header is here and the rest is not."""
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._relax()
-        elif self._patience is None:
-            self._patience = self.loop.call_later(HEADERS_WITHIN, self.transport.close)
-
-    def _relax(self) -> None:
-        if self._patience is not None:
-            self._patience.cancel()
-            self._patience = None
