@@ -5,6 +5,8 @@ gptoss train preview nano chats.jsonl --lines 2
 gptoss train sft nano chats.jsonl --out runs/first --steps 300 --lr 1e-3
 gptoss train sft openai/gpt-oss-20b chats.jsonl --out runs/lora --lora 8 --dtype bfloat16
 gptoss train pretrain nano texts.jsonl --out runs/new --tokenizer words.json
+gptoss train grpo nano prompts.jsonl --out runs/reward --reward exact --steps 50 --lr 3e-4
+gptoss train ppo nano prompts.jsonl --out runs/ppo --reward exact --reward 0.1*rewards.py:short
 gptoss train export runs/first first --data held-out.jsonl
 gptoss train convert sharegpt.json chats.jsonl --form sharegpt
 """
@@ -22,6 +24,7 @@ from gptoss.cli.endings import usage
 from gptoss.cli.terminal import bar, shown
 from gptoss.errors import BackendUnavailable
 from gptoss.train.config import Reading, TrainConfig, Tuning
+from gptoss.train.objective import Grpo, Ppo, Rollouts
 
 if TYPE_CHECKING:
     from gptoss.text.tokenizer import Tokenizer
@@ -37,20 +40,26 @@ Words = Annotated[
     Path | None, Option(help="a tokenizer.json", default="the model's own, or gpt-oss's")
 ]
 
+Judged = Annotated[
+    list[str],
+    Option(help="exact, format, brief, module:function or file.py:function; 0.1*NAME weighs it"),
+]
+
 
 def run(
     recipe: Annotated[
-        Literal["sft", "pretrain", "preview", "lint", "export", "convert"],
+        Literal["sft", "pretrain", "grpo", "ppo", "preview", "lint", "export", "convert"],
         Argument(help="`gptoss train RECIPE --help` says what each takes"),
     ],
 ) -> None:
-    """Train a model: sft, pretrain; look at data: preview, lint, convert; and export."""
+    """Train a model: sft, pretrain, grpo, ppo; look at data: preview, lint, convert; and export."""
     raise AssertionError("the recipe is chosen first")
 
 
 def recipe(name: str) -> Callable[..., None]:
     """What ``gptoss train NAME`` runs. Raises WrongCommandLine, and says where torch is missing."""
-    recipes = {one.__name__: one for one in (sft, pretrain, preview, lint, export, convert)}
+    known = (sft, pretrain, grpo, ppo, preview, lint, export, convert)
+    recipes = {one.__name__: one for one in known}
     if name not in recipes:
         raise WrongCommandLine(f"there is no recipe {name!r}, only {', '.join(recipes)}")
     return recipes[name]
@@ -110,6 +119,70 @@ def pretrain(
             tokenizer=tokenizer,
             config=config,
             reading=reading,
+            watch=watch,
+            looked=looked,
+        )
+    print(
+        f"{out}: trained; `gptoss train export {out} DIRECTORY` writes the model", file=sys.stderr
+    )
+
+
+def grpo(
+    model: Model,
+    data: Data,
+    out: Out,
+    reward: Judged,
+    *,
+    config: TrainConfig,
+    rollouts: Rollouts,
+    objective: Grpo,
+    tuning: Tuning,
+) -> None:
+    """Train a checkpoint on rewards: an answer is held against others to the same prompt.
+
+    The same command goes on where an earlier one was stopped.
+    """
+    with torch_needed():
+        from gptoss.train import grpo as recipe
+    with usage(), training(config) as (looked, watch):
+        recipe.grpo(
+            *(model, data, out, reward),
+            config=config,
+            rollouts=rollouts,
+            objective=objective,
+            tuning=tuning,
+            watch=watch,
+            looked=looked,
+        )
+    print(
+        f"{out}: trained; `gptoss train export {out} DIRECTORY` writes the model", file=sys.stderr
+    )
+
+
+def ppo(
+    model: Model,
+    data: Data,
+    out: Out,
+    reward: Judged,
+    *,
+    config: TrainConfig,
+    rollouts: Rollouts,
+    objective: Ppo,
+    tuning: Tuning,
+) -> None:
+    """Train a checkpoint on rewards: a token is held against what a value head expected.
+
+    The same command goes on where an earlier one was stopped.
+    """
+    with torch_needed():
+        from gptoss.train import ppo as recipe
+    with usage(), training(config) as (looked, watch):
+        recipe.ppo(
+            *(model, data, out, reward),
+            config=config,
+            rollouts=rollouts,
+            objective=objective,
+            tuning=tuning,
             watch=watch,
             looked=looked,
         )
@@ -246,8 +319,9 @@ def training(config: TrainConfig) -> Iterator[tuple[Looked | None, Watch | None]
             progress.update(task, completed=done, total=total)
 
         def watch(row: dict[str, Any]) -> None:
+            reward = f"reward {row['reward']:.3f}  " if "reward" in row else ""
             said = (
-                f"step {row['step']}/{config.steps}  loss {row['loss']:.4f}  "
+                f"step {row['step']}/{config.steps}  {reward}loss {row['loss']:.4f}  "
                 f"{row['tokens_per_second']:,.0f} tokens/s  {row['memory'] / 1e9:.2f} GB"
             )
             if not begun:

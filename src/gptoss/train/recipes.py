@@ -195,5 +195,6 @@ def load_run(path: Path | str, device: str = "cpu") -> tuple[Transformer, dict[s
     mine = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in state["model"].items():
-            mine[name].copy_(tensor)
+            if not name.startswith("value."):  # PPO's value head is no part of the model
+                mine[name].copy_(tensor)
     return model, asked

@@ -38,7 +38,7 @@ class Board:
 
 def curves(rows: list[dict[str, Any]], path: Path) -> None:
     """A picture with a curve for each metric; nothing, said once, where matplotlib is missing."""
-    names = [n for n in (rows[-1] if rows else {}) if n not in PLAIN]
+    names = [n for n in dict.fromkeys(n for row in rows for n in row) if n not in PLAIN]
     if not names:
         return
     if importlib.util.find_spec("matplotlib") is None:

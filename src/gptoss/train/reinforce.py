@@ -1,0 +1,100 @@
+"""What GRPO and PPO begin with: the model, its prompts, its rewards, and the trainer of them."""
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptoss.backends.torch.modules import Transformer
+from gptoss.text.tokenizer import Tokenizer
+from gptoss.train.batch import Document
+from gptoss.train.config import TrainConfig, Tuning
+from gptoss.train.corpus import Corpus
+from gptoss.train.lint import lint
+from gptoss.train.objective import Rollouts
+from gptoss.train.policy import Minibatch, Policy
+from gptoss.train.recipes import build, numbers_of, tokenizer_of
+from gptoss.train.reward import Reward, Rewards
+from gptoss.train.rollout import Sampler, prompt
+from gptoss.train.rounds import Recipe, Rounds
+from gptoss.train.trainer import Row, Trainer
+
+Told = Sequence[str | Reward]
+
+
+def reinforce(
+    module: Transformer,
+    tokenizer: Tokenizer,
+    corpus: Corpus,
+    path: Path | str,
+    rewards: Told,
+    recipe: Recipe,
+    *,
+    config: TrainConfig,
+    rollouts: Rollouts,
+    asked: dict[str, Any] | None = None,
+    watch: Callable[[Row], None] | None = None,
+) -> Trainer[Minibatch]:
+    """Train a module on the rewards of its own answers, to the last step.
+
+    ``corpus``: see ``prompts_of``. ``asked``: what else a run must agree on to go on.
+    """
+    judges = Rewards(rewards)
+    sampler = Sampler(module, tokenizer, judges, rollouts, autocast=config.autocast)
+    reference = deepcopy(module).requires_grad_(False) if recipe.objective.kl else None
+    policy = Policy(module, sampler.words, config, value=recipe.values)
+    rounds = Rounds(recipe, policy, sampler, corpus, rollouts, reference)
+    whole = asdict(rollouts) | asdict(recipe.objective) | {"rewards": judges.names}
+    trainer: Trainer[Minibatch] = Trainer(
+        module, config, path, asked=whole | (asked or {}), watch=watch
+    )
+    trainer.run(rounds.draw, rounds.loss)
+    return trainer
+
+
+def from_checkpoint(
+    model: Path | str,
+    data: Sequence[Path | str],
+    path: Path | str,
+    rewards: Told,
+    recipe: Recipe,
+    *,
+    config: TrainConfig,
+    rollouts: Rollouts,
+    tuning: Tuning,
+    watch: Callable[[Row], None] | None,
+    looked: Callable[[int, int], None] | None,
+) -> Trainer[Minibatch]:
+    """``reinforce`` by names, as ``sft`` does it."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    asked: dict[str, Any] = {"recipe": recipe.name, "model": str(model), "tokenizer": None}
+    asked |= asdict(tuning)
+    tokenizer = tokenizer_of(asked)
+    corpus = prompts_of(data, tokenizer, numbers_of(asked).context_length, config.seed)
+    if not (Path(path) / "states").exists():
+        lint(corpus, looked)
+    torch.manual_seed(config.seed)
+    module = build(asked, config.device)
+    asked |= {"data": [str(file) for file in data], "checksums": corpus.checksums}
+    return reinforce(
+        *(module, tokenizer, corpus, path, rewards, recipe),
+        config=config,
+        rollouts=rollouts,
+        asked=asked,
+        watch=watch,
+    )
+
+
+def prompts_of(
+    data: Sequence[Path | str], tokenizer: Tokenizer, room: int, seed: int = 0
+) -> Corpus:
+    """The files' prompts; ``room``: the model's context."""
+
+    def render(raw: Any, origin: str) -> list[Document]:
+        return [prompt(raw, tokenizer, origin, room=room)]
+
+    return Corpus(data, render, seed)

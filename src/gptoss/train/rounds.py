@@ -1,0 +1,210 @@
+"""Rounds: answers are drawn from the model as it is, judged, scored, and learned from.
+
+Three log-probabilities belong to each token of an answer, and are kept apart:
+
+* ``sampled``: what the sampler gave it when it was drawn;
+* ``old``: what the trainer gave it before the round's first update, the ratio's denominator;
+* what the trainer gives it now.
+
+The last two come from the same call on the same batch, so at a round's first update every ratio is
+exactly 1. The first two come from the same weights and the same ``model.py``, but from products of
+other shapes, whose sums round differently: ``gap`` is their mean distance, ``gap_most`` the
+largest, said of every round; a run whose first gap is too large does not begin.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gptoss.backends.torch.modules import Transformer
+from gptoss.engine.draw import philox
+from gptoss.errors import TrainingError
+from gptoss.train.batch import collate
+from gptoss.train.corpus import Corpus
+from gptoss.train.objective import Grpo, Ppo, Rollouts
+from gptoss.train.policy import Minibatch, Policy
+from gptoss.train.rollout import Answer, Prompt, Sampler
+from gptoss.train.routing import Routing
+
+WIDE, NARROW = 1e-4, 0.05  # nats a token that a gap may be: float32, bfloat16
+Step = list[Minibatch]
+
+
+class Recipe(Protocol):
+    """What GRPO and PPO do differently."""
+
+    name: str
+    attempts: int  # how often prompts are drawn to fill a round with useful groups
+    values: bool  # whether it needs a value head
+
+    @property
+    def objective(self) -> Grpo | Ppo:
+        """Its numbers."""
+
+    def useful(self, group: Sequence[Answer]) -> bool:
+        """Whether anything can be learned from the answers to one prompt."""
+
+    def advise(
+        self, answers: list[Answer], steps: list[Step], memory: dict[str, float]
+    ) -> dict[str, float]:
+        """Put ``advantage`` into what is known of each minibatch; the round's metrics.
+
+        ``memory`` goes from round to round and is kept in checkpoints.
+        """
+
+    def losses(
+        self, now: Tensor, value: Tensor | None, known: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of each token [W], and what is said of each token."""
+
+
+class Rounds:
+    """``draw`` and ``loss`` for ``Trainer.run``.
+
+    Args:
+        policy, sampler: the same weights.
+        corpus: its lines are ``Prompt``s.
+        rollouts: how answers are drawn.
+        reference: the model that ``reference`` log-probabilities come from, if they are needed.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        policy: Policy,
+        sampler: Sampler,
+        corpus: Corpus,
+        rollouts: Rollouts,
+        reference: Transformer | None = None,
+    ) -> None:
+        self.recipe, self.policy, self.sampler, self.corpus = recipe, policy, sampler, corpus
+        self.rollouts, self.reference, self.compared = rollouts, reference, False
+
+    def draw(self, position: dict[str, Any] | None) -> tuple[Step, dict[str, Any]]:
+        """The batches of one update, and the position after it.
+
+        A position is the round, the place among the prompts, what the recipe remembers, and the
+        updates of this round that are still to come.
+        """
+        at = position or {"round": 0, "place": 0, "memory": {}, "pending": []}
+        if not at["pending"]:
+            at = self._round(at)
+        now, *pending = at["pending"]
+        return [Minibatch.of(packed) for packed in now], at | {"pending": pending}
+
+    def loss(self, minibatch: Minibatch) -> tuple[Tensor, dict[str, float]]:
+        """Every token counts the same, whoever's answer it is part of."""
+        if minibatch.batch is None:
+            return torch.zeros((), requires_grad=True), minibatch.metrics
+        routing, config = Routing(), self.policy.config
+        batch = minibatch.batch.to(self.policy.device)
+        known = {name: x.to(self.policy.device) for name, x in minibatch.known.items()}
+        now, value = self.policy.score(batch, routing)
+        losses, said = self.recipe.losses(now, value, known)
+        loss = (losses * batch.weights).sum()
+        metrics = {name: float((x.detach() * batch.weights).sum()) for name, x in said.items()}
+        metrics["tokens"] = float(len(batch.tokens))
+        if config.balance:
+            loss = loss + config.balance * batch.share * routing.uneven()
+        return loss, metrics | minibatch.metrics
+
+    def _round(self, at: dict[str, Any]) -> dict[str, Any]:
+        answers, place, metrics = self._answers(at["round"], at["place"])
+        steps, memory = self._steps(answers), dict(at["memory"])
+        if steps:
+            metrics |= self._gap(steps)
+            metrics |= self.recipe.advise(answers, steps, memory)
+        for step in steps:
+            step[0].metrics.update(metrics)
+        whole = [[minibatch.packed() for minibatch in step] for step in steps]
+        pending = whole * self.rollouts.epochs or [[Minibatch(None, [], {}, metrics).packed()]]
+        return {"round": at["round"] + 1, "place": place, "memory": memory, "pending": pending}
+
+    def _answers(self, number: int, place: int) -> tuple[list[Answer], int, dict[str, float]]:
+        """The round's useful answers, the place of the next prompt, and how all of them were."""
+        want, group = self.rollouts.prompts, self.rollouts.group
+        seed = philox(self.policy.config.seed, number)
+        found: list[Answer] = []
+        drawn: list[Answer] = []
+        for attempt in range(self.recipe.attempts):
+            missing = want - len(found) // group
+            prompts = [self._prompt(place + i) for i in range(missing)]
+            place += missing
+            answers = self.sampler.draw(prompts, philox(seed, attempt))
+            drawn += answers
+            for first in range(0, len(answers), group):
+                if self.recipe.useful(answers[first : first + group]):
+                    found += answers[first : first + group]
+            if len(found) == want * group:
+                break
+        return found, place, statistics(drawn) | {"signal": len(found) / len(drawn)}
+
+    def _prompt(self, place: int) -> Prompt:
+        [prompt] = self.corpus.at(place)
+        assert isinstance(prompt, Prompt)
+        return prompt
+
+    def _steps(self, answers: list[Answer]) -> list[Step]:
+        """The updates of one epoch, scored: every so-manieth answer is in the same one."""
+        skip = self.rollouts.skip_truncated
+        rows = [i for i, answer in enumerate(answers) if not (skip and answer.truncated)]
+        parts = min(self.rollouts.minibatches, len(rows))
+        return [self._step(answers, rows[part::parts]) for part in range(parts)]
+
+    def _step(self, answers: list[Answer], rows: Sequence[int]) -> Step:
+        documents = {row: answers[row].document for row in rows}
+        groups: list[list[int]] = []
+        room = 0
+        for row in sorted(rows, key=lambda row: len(documents[row].tokens)):
+            room -= len(documents[row].tokens)
+            if room < 0:
+                groups.append([])
+                room = self.rollouts.tokens - len(documents[row].tokens)
+            groups[-1].append(row)
+        step = []
+        for group, batch in zip(
+            groups, collate([[documents[row] for row in group] for group in groups]), strict=True
+        ):
+            sampled = [logprob for row in group for logprob in answers[row].logprobs]
+            step.append(Minibatch(batch, group, {"sampled": torch.tensor(sampled)}, {}))
+            self._score(step[-1])
+        return step
+
+    @torch.no_grad()
+    def _score(self, minibatch: Minibatch) -> None:
+        assert minibatch.batch is not None
+        batch, known = minibatch.batch.to(self.policy.device), minibatch.known
+        old, value = self.policy.score(batch)
+        known["old"] = old.cpu()
+        if value is not None:
+            known["value"] = value.cpu()
+        if self.reference is not None:
+            known["reference"] = self.policy.score(batch, model=self.reference)[0].cpu()
+
+    def _gap(self, steps: list[Step]) -> dict[str, float]:
+        """How far the sampler is from the trainer, who have the same weights."""
+        apart = torch.cat([(m.known["old"] - m.known["sampled"]).abs() for s in steps for m in s])
+        mean = float(apart.mean())
+        limit = self.rollouts.gap or (NARROW if self.policy.narrow else WIDE)
+        if not (self.compared or mean <= limit):  # true for NaN
+            raise TrainingError(
+                f"sampler and trainer have the same weights, but their log-probabilities differ by "
+                f"{mean:.2g} a token, more than {limit:g}: what is drawn is not what would be "
+                "trained. Compute in float32, or say --gap if this is expected."
+            )
+        self.compared = True
+        return {"gap": mean, "gap_most": float(apart.max())}
+
+
+def statistics(answers: Sequence[Answer]) -> dict[str, float]:
+    """Means over answers: reward and its parts, tokens, and the share that was cut off."""
+    n = len(answers)
+    found = {
+        "reward": sum(answer.reward for answer in answers) / n,
+        "length": sum(len(answer.tokens) for answer in answers) / n,
+        "truncated": sum(answer.truncated for answer in answers) / n,
+    }
+    names = answers[0].parts
+    return found | {f"reward.{k}": sum(a.parts[k] for a in answers) / n for k in names}
