@@ -152,12 +152,11 @@ async def asking(base, streams_, seconds, requests, seed):
         asked = kinds()
         alone = [await ask(client, path, body, stream=False) for path, body in asked]
         print("alone", flush=True)
-        facts, wrong, slowest = Counter(), [], 0.0
+        facts, wrong, lasted = Counter(), [], [0.5] * len(asked)
         end = time.monotonic() + seconds
         draw = random.Random(seed)
 
         async def one():
-            nonlocal slowest
             while time.monotonic() < end and facts["asked"] < requests:
                 facts["asked"] += 1
                 i = draw.randrange(len(asked))
@@ -165,11 +164,11 @@ async def asking(base, streams_, seconds, requests, seed):
                 drop = draw.random() < DROPPED
                 begun = time.monotonic()
                 try:
-                    wait = draw.random() * max(slowest / 2, 0.05) if drop else None
+                    wait = draw.random() * lasted[i] if drop else None
                     async with asyncio.timeout(wait):
                         got = await ask(client, *asked[i], stream)
                     facts["answered"] += 1
-                    slowest = max(slowest, time.monotonic() - begun)
+                    lasted[i] = time.monotonic() - begun
                     if got != alone[i]:
                         wrong.append([asked[i], stream, alone[i], got])
                 except TimeoutError:
@@ -178,7 +177,7 @@ async def asking(base, streams_, seconds, requests, seed):
                     facts[f"failed: {type(error).__name__} {str(error)[:150]}"] += 1
 
         await asyncio.gather(*(one() for _ in range(streams_)))
-    return {**facts, "slowest_seconds": round(slowest, 2), "different": len(wrong)}, wrong[:3]
+    return {**facts, "slowest_seconds": round(max(lasted), 2), "different": len(wrong)}, wrong[:3]
 
 
 def left(server):

@@ -7,7 +7,6 @@ one goes that has asked for nothing yet, or has not finished asking, for the lon
 import asyncio
 import json
 
-import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gptoss.server.errors import refused
@@ -48,15 +47,13 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """What came is no HTTP, or its header has no end."""
-        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-            return self.transport.close()  # an answer is on its way
+        if not (self._asked_nothing or self.cycle.more_body):
+            return self.transport.close()  # an answer may be on its way
         said = refused(f"this is no HTTP request, or its header is above {LARGEST_HEADER} bytes")
         body = json.dumps(said.body).encode()
-        headers = [("content-type", "application/json"), ("content-length", str(len(body)))]
-        headers.append(("connection", "close"))
-        parts = (h11.Response(status_code=400, headers=headers), h11.Data(data=body))
-        for event in (*parts, h11.EndOfMessage()):
-            self.transport.write(self.conn.send(event) or b"")
+        head = "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+        head += f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        self.transport.write(head.encode() + body)
         self.transport.close()
 
     def _oldest_idle(self) -> "Connection":
