@@ -104,8 +104,9 @@ def until(come):
 
 
 @contextmanager
-def running(grace=5.0, waiting=64, timeout=None, **more):
-    served = serve_model(LLM.load("nano"), "org/nano", waiting=waiting, timeout=timeout)
+def running(grace=5.0, waiting=64, timeout=None, llm=None, tools=None, **more):
+    llm = llm or LLM.load("nano")
+    served = serve_model(llm, "org/nano", waiting=waiting, timeout=timeout, tools=tools)
     taken = take_port("127.0.0.1", 0)
     ready = threading.Event()
     server = Server(served, grace=grace, ready=ready.set, **more)

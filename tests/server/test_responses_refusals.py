@@ -17,7 +17,7 @@ REFUSED = [
     ({"input": []}, "input", "nothing to answer"),
     ({"input": 5}, "input", "a string or a list"),
     ({"input": ["x"]}, "input[0]", "type must be one of"),
-    ({"input": [{"type": "web_search_call", "id": "ws"}]}, "input[0]", "type must be one of"),
+    ({"input": [{"type": "image_generation_call"}]}, "input[0]", "type must be one of"),
     ({"input": [{"role": "robot", "content": "x"}]}, "input[0].role", "assistant"),
     ({"input": [{"role": "user"}]}, "input[0].content", "required"),
     ({"input": [{"role": "user", "content": 5}]}, "input[0].content", "a string or a list"),

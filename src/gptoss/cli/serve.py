@@ -2,6 +2,7 @@
 
 gptoss serve
 gptoss serve openai/gpt-oss-20b --host 0.0.0.0 --api-key "$KEY"
+gptoss serve openai/gpt-oss-20b --tool python --tool browser=./papers
 curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' \\
   -d '{"messages": [{"role": "user", "content": "What is 17 + 25?"}]}'
 """
@@ -14,6 +15,7 @@ from typing import Annotated
 
 from gptoss.cli import options
 from gptoss.cli.arguments import Option
+from gptoss.cli.tools import Tools
 from gptoss.errors import GptOssError
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
@@ -48,6 +50,7 @@ def run(
         Path | None, Option(help="file for responses", default="memory, the newest only")
     ] = None,
     *,
+    tools: Tools,
     loading: options.Loading,
 ) -> None:
     """Serve a model over HTTP until Ctrl-C. The URL goes to stdout, a log to stderr."""
@@ -63,18 +66,20 @@ def run(
     kept = Store(store)
     if host not in LOCAL and not api_key:
         print("gptoss: anybody who can reach this port may use it: no --api-key", file=sys.stderr)
-    llm = loading.load(model, conversations)
-    served = serve_model(llm, name or own_name(model), waiting=waiting, timeout=timeout)
-    set_up()
-    server = Server(
-        served,
-        keys=api_key or [],
-        origins=cors or [],
-        grace=grace,
-        store=kept,
-        ready=lambda: print(url(taken), flush=True),
-    )
-    server.run([taken])
+    with tools.box() as box:
+        llm = loading.load(model, conversations)
+        called = name or own_name(model)
+        served = serve_model(llm, called, waiting=waiting, timeout=timeout, tools=box)
+        set_up()
+        server = Server(
+            served,
+            keys=api_key or [],
+            origins=cors or [],
+            grace=grace,
+            store=kept,
+            ready=lambda: print(url(taken), flush=True),
+        )
+        server.run([taken])
 
 
 def own_name(model: str) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gptoss.text.parser import Delta
 
 STYLES = {"analysis": "dim", "commentary": "cyan", "note": "yellow"}
+RESULT = 1500  # characters of a tool's answer
 # What a model must not send to a terminal: it could move the cursor or retitle the window.
 _CONTROLS = {i: "\ufffd" for i in [*range(32), *range(127, 160)] if chr(i) not in "\n\t"}
 
@@ -32,17 +33,25 @@ class Screen:
             self._console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
     def show(self, delta: Delta) -> None:
-        """A piece of a message."""
+        """A piece of a message; calls of tools look like thoughts."""
+        kind = "analysis" if delta.recipient else delta.channel
         if delta.message_index != self._section:
             self.end()
             self._section = delta.message_index
             if delta.channel != "final":
                 to = f" to={delta.recipient}" if delta.recipient else ""
-                self._aside(f"[{delta.channel or delta.role}{to}] ", delta.channel)
+                self._aside(f"[{delta.channel or delta.role}{to}] ", kind)
         if delta.channel == "final":
             self.say(delta.text)
         else:
-            self._aside(delta.text, delta.channel)
+            self._aside(delta.text, kind)
+
+    def result(self, name: str, text: str) -> None:
+        """What a tool answered; of much, the beginning."""
+        self.end()
+        rest = f"\n... ({len(text) - RESULT} characters more)" if len(text) > RESULT else ""
+        self._aside(f"[{name}] {text[:RESULT].rstrip()}{rest}", "analysis")
+        self.end()
 
     def say(self, text: str) -> None:
         """Part of the answer."""

@@ -5,18 +5,20 @@ from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import Field, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator
 from starlette.responses import Response
 
 from gptoss.grammar import as_choice, as_format
 from gptoss.server.errors import refused, refusing
 from gptoss.server.gate import tell
+from gptoss.server.hosted import HostedTool, hosted
+from gptoss.server.loop import Loop, answer
 from gptoss.server.messages import MOST_MESSAGES, AnyMessage, Name, as_conversation, depth
 from gptoss.server.schema import EITHER, Body, Drawn, StreamOptions, check_model
 from gptoss.server.served import Served
 from gptoss.server.speech import Speech, usage
 from gptoss.server.sse import DONE, EventStream, Whole, event
-from gptoss.server.turn import Ask, Turn, begin
+from gptoss.server.turn import Ask, Turn
 from gptoss.text.messages import Tool
 
 DEEPEST = 64  # levels of a tool's parameters
@@ -39,10 +41,22 @@ class FunctionTool(Body):
 
 
 class ToolBody(Body):
-    """Of tools, functions alone."""
+    """A function, run by the client."""
 
     type: Literal["function"]
     function: FunctionTool
+
+
+def _tool(value: object) -> str | None:
+    if not isinstance(value, dict):
+        return None
+    return "function-tool" if value.get("type") in ("function", None) else "hosted-tool"
+
+
+AnyTool = Annotated[
+    Annotated[ToolBody, Tag("function-tool")] | Annotated[HostedTool, Tag("hosted-tool")],
+    Discriminator(_tool, custom_error_type="tool", custom_error_message="a tool is an object"),
+]
 
 
 class NamedFunction(Body):
@@ -88,7 +102,7 @@ class ChatRequest(Drawn):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     reasoning_effort: Literal["low", "medium", "high"] | None = None
-    tools: Annotated[list[ToolBody], Field(max_length=128)] | None = None
+    tools: Annotated[list[AnyTool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None  # the model makes one call a turn in any case
     response_format: FormatBody | None = None
@@ -104,7 +118,10 @@ class ChatRequest(Drawn):
         """The turn that is wanted. Raises ApiError, or ValueError."""
         if self.top_logprobs is not None and not self.logprobs:
             raise refused("top_logprobs needs logprobs: true", "top_logprobs")
-        tools, said = self._tools()
+        tools, said = self._functions()
+        ours = hosted([tool for tool in self.tools or [] if isinstance(tool, HostedTool)], served)
+        if ours and (self.n or 1) > 1:
+            raise refused("n: with tools that the server runs there is one answer", "n")
         with refusing("tool_choice"):
             choice = as_choice(said, tools)
         form = self.response_format
@@ -123,9 +140,11 @@ class ChatRequest(Drawn):
             max_tokens=min(limits, default=None),
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
-        return Ask(messages=messages, settings=settings, format=format, choice=choice)
+        if ours and served.tools is not None:
+            messages = served.tools.offered(messages, ours)
+        return Ask(messages=messages, settings=settings, format=format, choice=choice, tools=ours)
 
-    def _tools(self) -> tuple[list[Tool], str | Mapping[str, Any] | None]:
+    def _functions(self) -> tuple[list[Tool], str | Mapping[str, Any] | None]:
         """The tools that there are for this turn, and which of them to call."""
         tools = [
             Tool(
@@ -135,6 +154,7 @@ class ChatRequest(Drawn):
                 strict=bool(tool.function.strict),
             )
             for tool in self.tools or []
+            if isinstance(tool, ToolBody)
         ]
         names = [tool.name for tool in tools]
         if twice := [name for name in names if names.count(name) > 1]:
@@ -162,14 +182,14 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     tell(request, ignored=body.unknown())
     with refusing():
         ask = body.ask(served)
-    turn = await begin(served, ask)
+    turn = await answer(served, ask)
     speech = Speech(served, ask.settings.n, logprobs=bool(body.logprobs))
     if body.stream:
         return EventStream(_stream(body, request, turn, speech), turn.cancel)
     return Whole(lambda: _whole(request, turn, speech), turn.cancel)
 
 
-async def _whole(request: Request, turn: Turn, speech: Speech) -> dict[str, Any]:
+async def _whole(request: Request, turn: Turn | Loop, speech: Speech) -> dict[str, Any]:
     async with turn:
         async for said in turn:
             speech.take(said)
@@ -178,7 +198,7 @@ async def _whole(request: Request, turn: Turn, speech: Speech) -> dict[str, Any]
 
 
 async def _stream(
-    body: ChatRequest, request: Request, turn: Turn, speech: Speech
+    body: ChatRequest, request: Request, turn: Turn | Loop, speech: Speech
 ) -> AsyncGenerator[bytes, None]:
     more = {"usage": None} if body.include_usage else {}
     async with turn:

@@ -160,10 +160,12 @@ def _assistant(
     m: AssistantMessage, called: dict[str, str], thoughts: Thoughts
 ) -> Iterator[Message]:
     calls = m.tool_calls or []
-    if thought := m.reasoning or m.reasoning_content:
+    kept = thoughts.before(calls[0].id) if calls else ()
+    thought = m.reasoning or m.reasoning_content
+    if thought and not any(k.recipient for k in kept):
         yield Message(role="assistant", channel="analysis", content=thought)
-    elif calls:
-        yield from thoughts.before(calls[0].id)
+    else:  # the client dropped it, or cannot know of the tools that ran here
+        yield from kept
     if text := text_of(m.content) or m.refusal:
         channel = "commentary" if calls else "final"
         yield Message(role="assistant", channel=channel, content=text)

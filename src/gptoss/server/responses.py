@@ -10,6 +10,7 @@ from gptoss.server.gate import tell
 from gptoss.server.responses_body import ResponseRequest
 from gptoss.server.responses_desk import Desk
 from gptoss.server.responses_job import Job
+from gptoss.server.responses_tools import left_out
 from gptoss.server.schema import EITHER, ERRORS, check_model
 from gptoss.server.sse import EventStream, Json, Whole
 
@@ -36,7 +37,8 @@ async def create(body: ResponseRequest, request: Request) -> Response:
     """The next turn of a conversation."""
     desk = _desk(request)
     check_model(body.model, desk.served)
-    tell(request, ignored=body.unknown())
+    outside = [f"tools_{kind}" for kind in left_out(body.tools or [], desk.served)]
+    tell(request, ignored=[*body.unknown(), *outside])
     job = await desk.open(body)
     tell(request, response=job.id)
     if body.stream:

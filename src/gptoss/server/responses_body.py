@@ -18,7 +18,7 @@ from gptoss.server.errors import refused, refusing
 from gptoss.server.messages import MOST_MESSAGES, Name
 from gptoss.server.responses_input import Id, Item, ItemReference, form
 from gptoss.server.responses_items import Reader, leading, message
-from gptoss.server.responses_tools import AnyChoice, AnyTool, FunctionTool, functions, offered
+from gptoss.server.responses_tools import AnyChoice, AnyTool, functions, offered, run_here
 from gptoss.server.schema import Body, Drawn
 from gptoss.server.served import Served
 from gptoss.server.turn import Ask
@@ -117,7 +117,7 @@ class ResponseRequest(Drawn):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     truncation: Literal["auto", "disabled"] | None = None
     metadata: Annotated[dict[Key, Value], Field(max_length=16)] | None = None
-    max_tool_calls: Annotated[int, Field(ge=0)] | None = None  # of hosted tools: there are none
+    max_tool_calls: Annotated[int, Field(ge=0)] | None = None  # of tools that are run here
     safety_identifier: Short | None = None
     prompt_cache_key: Short | None = None  # prompts that begin alike share in any case
     prompt_cache_retention: Short | None = None
@@ -128,8 +128,7 @@ class ResponseRequest(Drawn):
         for name, value in (self.model_extra or {}).items():
             if name in ELSEWHERE and value is not None:
                 raise refused(f"{name} is not of this API; {ELSEWHERE[name]}", name)
-        others = {t.type for t in self.tools or [] if not isinstance(t, FunctionTool)}
-        return [*super().unknown(), *(f"tools_{kind}" for kind in sorted(others))]
+        return super().unknown()
 
     def check(self) -> None:
         """What can be said without looking at anything else. Raises ApiError."""
@@ -164,16 +163,22 @@ class ResponseRequest(Drawn):
     def ask(self, items: Sequence[Mapping[str, Any]], served: Served) -> Ask:
         """The turn behind all of these items. Raises ApiError, or ValueError."""
         tools, choice = offered(functions(self.tools or []), self.tool_choice)
+        ours = run_here(self.tools or [], self.tool_choice, served)
         said = self.text.format if self.text else None
         format = said.format() if said else None
+        messages = self._conversation(items, tools, format, served)
+        if ours and served.tools is not None:
+            messages = served.tools.offered(messages, ours)
         return Ask(
-            messages=self._conversation(items, tools, format, served),
+            messages=messages,
             settings=self.settings(
                 max_tokens=self.max_output_tokens,
                 logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             ),
             format=format,
             choice=choice,
+            tools=ours,
+            calls=self.max_tool_calls,
         )
 
     def _conversation(

@@ -8,6 +8,7 @@ from typing import Any
 
 from gptoss.server.errors import ApiError, refused, refusing
 from gptoss.server.logs import note
+from gptoss.server.loop import Loop, answer
 from gptoss.server.messages import MOST_MESSAGES
 from gptoss.server.responses_body import ResponseRequest
 from gptoss.server.responses_document import document
@@ -16,7 +17,7 @@ from gptoss.server.responses_job import Job
 from gptoss.server.responses_output import Output
 from gptoss.server.served import Served
 from gptoss.server.store import Record, Store
-from gptoss.server.turn import Ask, Turn, begin
+from gptoss.server.turn import Ask, Turn
 from gptoss.text import harmony
 from gptoss.text.messages import Message
 
@@ -155,16 +156,16 @@ class Desk:
                 raise refused(f"input: two items have the id {item['id'][:80]!r}", "input")
         return given
 
-    async def _begin(self, ask: Ask, body: ResponseRequest) -> Turn:
+    async def _begin(self, ask: Ask, body: ResponseRequest) -> Turn | Loop:
         try:
-            return await begin(self.served, ask)
+            return await answer(self.served, ask)
         except ApiError as error:
             if error.code != "context_length_exceeded" or body.truncation != "auto":
                 raise _ours(error) from None
         room = self.served.context - min(body.max_output_tokens or 4096, self.served.context // 4)
         shorter = await asyncio.to_thread(shortened, ask.messages, self.served, room)
         try:
-            return await begin(self.served, replace(ask, messages=shorter))
+            return await answer(self.served, replace(ask, messages=shorter))
         except ApiError as error:
             raise _ours(error) from None
 

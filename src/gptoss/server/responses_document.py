@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from gptoss.server.responses_body import ResponseRequest, TextBody
-from gptoss.server.responses_tools import functions
+from gptoss.server.responses_tools import echoed
 from gptoss.server.schema import Body
 from gptoss.server.served import Served
 from gptoss.server.turn import Usage
@@ -62,7 +62,7 @@ def document(body: ResponseRequest, id: str, served: Served) -> dict[str, Any]:
             "verbosity": text.verbosity or "medium",
         },
         "tool_choice": choice.model_dump() if isinstance(choice, Body) else choice or "auto",
-        "tools": [tool.echo for tool in functions(body.tools or [])],
+        "tools": echoed(body.tools or [], served),
         "top_logprobs": body.top_logprobs or 0,
         "truncation": body.truncation or "disabled",
         "metadata": body.metadata or {},

@@ -6,6 +6,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from gptoss.server.messages import MOST_PARTS
 from gptoss.server.responses_items import (
+    HOSTED,
     function_call,
     message,
     new_id,
@@ -16,7 +17,10 @@ from gptoss.server.responses_items import (
 from gptoss.server.schema import Body
 from gptoss.text.tools import PATH
 
-KINDS = ("message", "reasoning", "function_call", "function_call_output", "item_reference")
+KINDS = (
+    *("message", "reasoning", "function_call", "function_call_output", "item_reference"),
+    *HOSTED,
+)
 Id = Annotated[str, Field(max_length=256)]
 Status = Literal["in_progress", "completed", "incomplete"]
 Phase = Literal["commentary", "final_answer"]
@@ -164,6 +168,50 @@ class FunctionCallOutput(Body):
         }
 
 
+class Logs(Body):
+    """What code printed."""
+
+    type: Literal["logs"]
+    logs: str
+
+
+class CodeCall(Body):
+    """Code that a server has run."""
+
+    type: Literal["code_interpreter_call"]
+    id: Id | None = None
+    code: str | None = None
+    outputs: Annotated[list[Logs], Field(max_length=MOST_PARTS)] | None = None
+    container_id: Id | None = None
+    status: Annotated[str, Field(max_length=64)] | None = None
+
+    def kept(self) -> dict[str, Any]:
+        """As it is kept."""
+        return self.model_dump() | {"id": self.id or new_id("ci")}
+
+
+class ToolCall(Body):
+    """Another tool's call that a server has run; without its output, it is passed over."""
+
+    type: Literal["web_search_call", "mcp_call"]
+    id: Id | None = None
+    name: Annotated[str, Field(max_length=256)] | None = None
+    arguments: str | None = None
+    output: str | None = None
+    status: Annotated[str, Field(max_length=64)] | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _plain(cls, value: str | None) -> str | None:
+        if value is not None and not PATH.fullmatch(value):
+            raise ValueError("a tool's name has letters, digits, _ and -, at most 64")
+        return value
+
+    def kept(self) -> dict[str, Any]:
+        """As it is kept."""
+        return self.model_dump() | {"id": self.id or new_id("mcp")}
+
+
 class ItemReference(Body):
     """An item of a stored response."""
 
@@ -186,6 +234,9 @@ Item = Annotated[
     | Annotated[ReasoningItem, Tag("reasoning-item")]
     | Annotated[FunctionCall, Tag("function_call-item")]
     | Annotated[FunctionCallOutput, Tag("function_call_output-item")]
+    | Annotated[CodeCall, Tag("code_interpreter_call-item")]
+    | Annotated[ToolCall, Tag("web_search_call-item")]
+    | Annotated[ToolCall, Tag("mcp_call-item")]
     | Annotated[ItemReference, Tag("item_reference-item")],
     Discriminator(
         _kind,

@@ -15,6 +15,7 @@ from gptoss.server.errors import refused
 from gptoss.server.served import Thoughts
 from gptoss.text.messages import Developer, Message
 
+HOSTED = ("code_interpreter_call", "web_search_call", "mcp_call")  # what a server has run
 SEAL = "gptoss1."  # before thoughts that travel with a client: they are encoded, not encrypted
 
 
@@ -103,6 +104,8 @@ class Reader:
                 self._call(item)
             case "function_call_output":
                 self._other(self._result(item))
+            case kind if kind in HOSTED:
+                self.messages += hosted_messages(item)
             case _ if item["role"] == "assistant":
                 if item.get("phase") is None:
                     self._unnamed.append(len(self.messages))
@@ -119,7 +122,8 @@ class Reader:
         for i in self._unnamed:  # text beside a call is no final answer
             self.messages[i] = replace(self.messages[i], channel="commentary")
         self._unnamed.clear()
-        if not any(m.channel == "analysis" for m in self.messages[self._turn :]):
+        since = self.messages[self._turn :]
+        if not any(m.channel == "analysis" or m.role == "tool" for m in since):
             self.messages[self._turn : self._turn] = self._thoughts.before(item["call_id"])
         self._called[item["call_id"]] = name if "." in name else f"functions.{name}"
         self.messages.append(
@@ -154,3 +158,26 @@ def _foreign(role: str, text: str) -> Message:
     if role == "user":
         return Message(role="user", content=text)
     return Message(role="developer", content=Developer(instructions=text))
+
+
+def hosted_messages(item: Mapping[str, Any]) -> list[Message]:
+    """A kept item as the model reads it: the call and its result; nothing, if it has none."""
+    if item["type"] == "code_interpreter_call":
+        logs = [o["logs"] for o in item.get("outputs") or [] if o.get("type") == "logs"]
+        recipient, text, output = "python", item.get("code"), "\n".join(logs) if logs else None
+    else:
+        name = str(item.get("name"))
+        recipient = name if item["type"] == "web_search_call" else f"functions.{name}"
+        text, output = item.get("arguments"), item.get("output")
+    if text is None or output is None or recipient == "None":
+        return []
+    function = recipient.startswith("functions.")
+    channel = "commentary" if function else "analysis"
+    kind = "json" if function else "code"
+    call = Message(
+        role="assistant", channel=channel, recipient=recipient, content_type=kind, content=text
+    )
+    back = Message(
+        role="tool", name=recipient, channel=channel, recipient="assistant", content=output
+    )
+    return [call, back]

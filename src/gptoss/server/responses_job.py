@@ -12,6 +12,7 @@ from typing import Any
 from gptoss.errors import GrammarError
 from gptoss.server.errors import ApiError, as_api_error
 from gptoss.server.logs import failure
+from gptoss.server.loop import Loop
 from gptoss.server.responses_document import usage
 from gptoss.server.responses_output import Output
 from gptoss.server.sse import event as framed
@@ -30,7 +31,7 @@ class Job:
         self,
         document: dict[str, Any],
         given: list[dict[str, Any]],
-        turn: Turn,
+        turn: Turn | Loop,
         output: Output,
         *,
         store: Store | None,

@@ -6,6 +6,7 @@ cannot do without, so nothing is left out:
     output_item.added
       content_part.added, (reasoning_text | output_text).delta ..., .done, content_part.done
       or function_call_arguments.delta ..., .done
+      or those of a call that is run here: see ``responses_calls``
     output_item.done
 
 Events come without their sequence_number: who sends them counts.
@@ -15,12 +16,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from gptoss.server.loop import Called, Calling, Ran
+from gptoss.server.loop import Said as Event
+from gptoss.server.responses_calls import Hosted
 from gptoss.server.responses_items import function_call, new_id, output_text, reasoning
 from gptoss.server.speech import logprobs_of
-from gptoss.server.turn import Closed, Event, Piece
+from gptoss.server.turn import Closed, Piece
 from gptoss.text.parser import Repair
 from gptoss.text.tokenizer import Tokenizer
 from gptoss.text.tools import PATH
+from gptoss.tools import Result
 
 Kind = Literal["reasoning", "message", "function_call"]
 Said = dict[str, Any]
@@ -71,13 +76,16 @@ class Output:
         """``seal``: thoughts also in the form that clients carry; see ``reasoning``."""
         self._done: list[Said] = []
         self._growing: Growing | None = None
+        self._hosted: Hosted | None = None  # a call that is being said or run here
+        self._container = new_id("cntr")
         self._tokenizer, self._logprobs, self._seal = tokenizer, logprobs, seal
 
     @property
     def items(self) -> list[Said]:
         """All, the one that is being said included."""
         growing = [self._growing.item("in_progress")] if self._growing else []
-        return [*self._done, *growing]
+        hosted = [self._hosted.item] if self._hosted else []
+        return [*self._done, *growing, *hosted]
 
     def take(self, event: Event) -> Iterator[Said]:
         """What the turn says next."""
@@ -95,9 +103,13 @@ class Output:
                 if empty and call and not cut:
                     yield from self._grow("{}", [])
                 yield from self.close("incomplete" if cut else "completed")
+            case Calling() | Called() | Ran():
+                yield from self._take_hosted(event)
 
     def close(self, status: str) -> Iterator[Said]:
         """The item that is being said is over; if there is none, nothing happens."""
+        if self._hosted is not None:
+            yield from self._end_hosted(None)
         if (growing := self._growing) is None:
             return
         self._growing = None
@@ -113,6 +125,26 @@ class Output:
             yield _of(growing, "content_part.done", content_index=0, part=growing.part())
         self._done.append(growing.item(status, seal=self._seal))
         yield _added(growing, "done", self._done[-1])
+
+    def _take_hosted(self, event: Calling | Called | Ran) -> Iterator[Said]:
+        call = event.recipient if isinstance(event, Calling) else _recipient(event)
+        if self._hosted is None:
+            self._hosted = Hosted(event.owner, call, len(self._done), self._container)
+        match event:
+            case Calling(text=text):
+                yield from self._hosted.grow(text)
+            case Called(message=m) if Repair.CUT in m.repairs:
+                yield from self._end_hosted(None)
+            case Called():
+                yield from self._hosted.complete()
+            case Ran(result=result):
+                yield from self._end_hosted(result)
+
+    def _end_hosted(self, result: Result | None) -> Iterator[Said]:
+        hosted, self._hosted = self._hosted, None
+        assert hosted is not None
+        yield from hosted.end(result)
+        self._done.append(hosted.item)
 
     def _begin(
         self, index: int, channel: str | None, recipient: str | None, call: str | None
@@ -149,6 +181,11 @@ class Output:
             growing.logprobs += told
             more = {"content_index": 0, "delta": text, "logprobs": told}
             yield _of(growing, "output_text.delta", **more)
+
+
+def _recipient(event: Called | Ran) -> str:
+    message = event.message if isinstance(event, Called) else event.call
+    return message.recipient or ""
 
 
 def _of(growing: Growing, name: str, /, **more: Any) -> Said:

@@ -1,8 +1,10 @@
-"""Tools of a response: functions are the client's own; the others are run by no one here.
+"""Tools of a response: functions are the client's own; of the others, some may be run here.
 
 Clients offer tools that OpenAI hosts without asking whether there are any. Those are left out: the
 model does not hear of them, ``tools`` of the answer does not list them, and the header
-``x-gptoss-ignored`` names them. Who insists on one by ``tool_choice`` is refused.
+``x-gptoss-ignored`` names them; a search too, where there is no browser. Who insists on one by
+``tool_choice`` is refused, and so is who asks for what nobody offers by habit: code_interpreter,
+python, browser, browser_search and mcp, where the server was not started with it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,14 +15,16 @@ from pydantic import Discriminator, Field, Tag, field_validator
 from gptoss.grammar import Choice, as_choice
 from gptoss.server import chat
 from gptoss.server.errors import refused, refusing
+from gptoss.server.hosted import HostedTool, hosted
 from gptoss.server.messages import Name
 from gptoss.server.schema import Body
+from gptoss.server.served import Served
 from gptoss.text import messages
 
 LEFT_OUT = frozenset(
     """
-    apply_patch code_interpreter computer computer_use computer_use_preview custom file_search
-    image_generation local_shell mcp namespace programmatic_tool_calling shell tool_search
+    apply_patch computer computer_use computer_use_preview custom file_search
+    image_generation local_shell namespace programmatic_tool_calling shell tool_search
     web_search web_search_2025_08_26 web_search_preview web_search_preview_2025_03_11
     """.split()
 )
@@ -43,17 +47,13 @@ class FunctionTool(chat.FunctionTool):
         }
 
 
-class OtherTool(Body):
-    """A tool that does not exist here."""
-
-    type: str
+class OtherTool(HostedTool):
+    """A tool that the server runs, or that does not exist here."""
 
     @field_validator("type")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value not in LEFT_OUT:
-            raise ValueError(f"{value[:40]!r} is no kind of tool; function is")
-        return value
+        return value if value in LEFT_OUT else super()._known(value)
 
 
 class NamedFunction(Body):
@@ -120,6 +120,36 @@ def functions(tools: Sequence[FunctionTool | OtherTool]) -> list[FunctionTool]:
     return found
 
 
+def run_here(
+    tools: Sequence[FunctionTool | OtherTool], said: str | Body | None, served: Served
+) -> list[str]:
+    """The server's own tools that are asked for. Raises ApiError."""
+    asked = [tool for tool in tools if _runs(tool, served)]
+    if isinstance(said, AllowedTools):
+        kinds = {tool.type for tool in said.tools}
+        asked = [tool for tool in asked if tool.type in kinds]
+    return hosted([tool for tool in asked if isinstance(tool, OtherTool)], served)
+
+
+def left_out(tools: Sequence[FunctionTool | OtherTool], served: Served) -> list[str]:
+    """Kinds of tools that the model does not hear of."""
+    others = (tool for tool in tools if isinstance(tool, OtherTool))
+    return sorted({tool.type for tool in others if not _runs(tool, served)})
+
+
+def echoed(tools: Sequence[FunctionTool | OtherTool], served: Served) -> list[dict[str, Any]]:
+    """As the answer has them."""
+    return [tool.echo for tool in tools if isinstance(tool, FunctionTool) or _runs(tool, served)]
+
+
+def _runs(tool: FunctionTool | OtherTool, served: Served) -> bool:
+    """Whether it is for the server. apply_patch of that type would be the client's: see docs."""
+    if isinstance(tool, FunctionTool) or tool.type == "apply_patch":
+        return False
+    there = served.tools is not None and tool.tool in served.tools.kits
+    return there or tool.type not in LEFT_OUT
+
+
 def offered(
     tools: Sequence[FunctionTool], said: str | Body | None
 ) -> tuple[list[messages.Tool], Choice]:
@@ -141,7 +171,7 @@ def offered(
             choice = said.mode
             told = _allowed(told, said)
         case OtherChoice():
-            what = f"tool_choice: {said.type!r} cannot be called here; functions can"
+            what = f"tool_choice: {said.type!r} cannot be called here by name; functions can"
             raise refused(what, "tool_choice")
         case str() | None:
             choice = said

@@ -16,12 +16,21 @@ from gptoss.server.connection import LARGEST_HEADER, Connection, make_room
 from gptoss.server.logs import note
 from gptoss.server.served import Served
 from gptoss.server.store import Store
+from gptoss.tools import Toolbox
 
 
 def serve_model(
-    llm: LLM, name: str, *, waiting: int = WAITING, timeout: float | None = None
+    llm: LLM,
+    name: str,
+    *,
+    waiting: int = WAITING,
+    timeout: float | None = None,
+    tools: Toolbox | None = None,
 ) -> Served:
-    """A loaded model, ready to be asked: its engine belongs to a thread from now on."""
+    """A loaded model, ready to be asked: its engine belongs to a thread from now on.
+
+    ``tools`` are started already, and whoever started them stops them.
+    """
     prepare(llm.tokenizer)
     engine = llm.tokens.engine
     served = Served(
@@ -31,6 +40,7 @@ def serve_model(
         context=engine.longest,
         aliases=frozenset({name.rsplit("/", 1)[-1]}),
         timeout=timeout,
+        tools=tools,
     )
     served.metrics.watch(served.worker, engine.max_tokens)
     served.worker.start()

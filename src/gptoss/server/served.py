@@ -11,6 +11,7 @@ from gptoss.engine.worker import Worker
 from gptoss.server.metrics import Metrics
 from gptoss.text.messages import Message
 from gptoss.text.tokenizer import Tokenizer
+from gptoss.tools import Toolbox
 
 CALLS, CHARACTERS = 4096, 32 << 20  # remembered at most
 
@@ -18,6 +19,7 @@ CALLS, CHARACTERS = 4096, 32 << 20  # remembered at most
 class Thoughts:
     """What the model thought before each call of a tool, by the call's id.
 
+    Calls that the server ran on the way, and what came of them, are among it.
     Many clients drop it between a call and its result, and the model then works worse than it can.
     """
 
@@ -28,8 +30,8 @@ class Thoughts:
     def keep(self, call: str, thoughts: Sequence[Message]) -> None:
         """Remember; the oldest is forgotten where there are too many."""
         with self._lock:
+            self._size += _size(thoughts) - _size(self._kept.pop(call, ()))
             self._kept[call] = tuple(thoughts)
-            self._size += _size(thoughts)
             while len(self._kept) > CALLS or self._size > CHARACTERS:
                 self._size -= _size(self._kept.popitem(last=False)[1])
 
@@ -49,6 +51,7 @@ class Served:
     context: int  # most tokens of prompt and answer together
     aliases: frozenset[str] = frozenset()  # other ids that clients may ask for
     timeout: float | None = None  # seconds that one request may take
+    tools: Toolbox | None = None  # that are run here for who asks
     metrics: Metrics = field(default_factory=Metrics)
     thoughts: Thoughts = field(default_factory=Thoughts)
     compiling: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))

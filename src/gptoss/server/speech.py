@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gptoss.engine import Drawn
+from gptoss.server.loop import Ran
+from gptoss.server.loop import Said as Event
 from gptoss.server.served import Served
-from gptoss.server.turn import Closed, Ended, Event, Piece, Usage
+from gptoss.server.turn import Closed, Ended, Piece, Usage
 from gptoss.text.tokenizer import Tokenizer
 from gptoss.text.tools import PATH
 
@@ -22,6 +24,7 @@ class Said:
     content: str | None = None
     reasoning: str | None = None
     calls: dict[int, dict[str, Any]] = field(default_factory=dict)  # by message
+    executed: list[dict[str, Any]] = field(default_factory=list)  # calls that were run here
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     reason: str | None = None
     last: dict[str, int] = field(default_factory=dict)  # which message each field's text was of
@@ -54,6 +57,9 @@ class Speech:
                     yield {name: text for name in _names(key)}, told
             case Piece():
                 yield from ((delta, []) for delta in _called(said, event, event.text))
+            case Ran():
+                said.executed.append(_executed(event, len(said.executed)))
+                yield {"executed_tools": said.executed[-1:]}, []
             case Closed(call=str()) if not str(event.message.content).strip():
                 yield from ((delta, []) for delta in _called(said, event, "{}"))
             case Ended():
@@ -161,10 +167,23 @@ def _called(said: Said, event: Piece | Closed, arguments: str) -> Iterator[dict[
         yield {"tool_calls": [{"index": at, "function": {"arguments": arguments}}]}
 
 
+def _executed(ran: Ran, index: int) -> dict[str, Any]:
+    """A call that was run here, as Groq tells it."""
+    return {
+        "index": index,
+        "type": ran.owner,
+        "name": (ran.call.recipient or "").removeprefix("functions."),
+        "arguments": str(ran.call.content),
+        "output": ran.result.text,
+    }
+
+
 def _message(said: Said) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": said.content, "refusal": None}
     if said.reasoning is not None:
         message |= dict.fromkeys(_names("reasoning"), said.reasoning)
+    if said.executed:
+        message["executed_tools"] = said.executed
     if said.calls:
         message["tool_calls"] = list(said.calls.values())
     return message

@@ -36,6 +36,8 @@ class Ask:
     settings: Settings = field(default_factory=Settings)
     format: Format | None = None  # of the final answer
     choice: Choice = "auto"  # of tools; see ``grammar.constrain``
+    tools: Sequence[str] = ()  # that are run here; the messages offer them already. See ``loop``
+    calls: int | None = None  # of those, at most
 
 
 @dataclass(frozen=True, slots=True)

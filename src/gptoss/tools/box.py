@@ -30,6 +30,8 @@ from gptoss.tools.python import Python
 from gptoss.tools.sandbox import Sandbox
 
 MOST_CALLS = 64  # of one turn
+STUBBORN = 3  # calls beyond the last one, after which the turn ends without an answer
+ENOUGH = "No more calls can be made in this turn. Answer with what you have."
 ENDING = 5.0  # seconds for what must be closed
 MOST_SECONDS = 900.0  # that the tools of one turn may take together
 T = TypeVar("T")
@@ -205,14 +207,7 @@ class Session:
         except Exception as error:
             log.exception("the tool %s failed", owner)
             said = f"The tool failed ({type(error).__name__})."
-        message = Message(
-            role="tool",
-            name=recipient,
-            recipient="assistant",
-            channel=call.channel or "commentary",
-            content=said,
-        )
-        return Result(message, failed)
+        return _result(call, said, failed=failed)
 
 
 class Rounds:
@@ -230,14 +225,30 @@ class Rounds:
     def next(self, said: Sequence[Message]) -> Message | None:
         """The call with which the model's turn ended, if there is one and it is to be run."""
         last = said[-1] if said else None
-        if last is None or self.over or self._session.owner(last.recipient) is None:
+        if last is None or self._session.owner(last.recipient) is None:
             return None
-        return last
+        return last if self._left > -STUBBORN else None
 
     def run(self, call: Message, seconds: float = MOST_SECONDS) -> "Future[Result]":
-        """See Session.run."""
+        """See Session.run; too late, and the model is only told so."""
+        over = self.over
         self._left -= 1
+        if over:
+            told: Future[Result] = Future()
+            told.set_result(_result(call, ENOUGH, failed=True))
+            return told
         return self._session.run(call, min(seconds, self._end - time.monotonic()))
+
+
+def _result(call: Message, said: str, *, failed: bool) -> Result:
+    message = Message(
+        role="tool",
+        name=call.recipient,
+        recipient="assistant",
+        channel=call.channel or "commentary",
+        content=said,
+    )
+    return Result(message, failed)
 
 
 async def _rest() -> None:

@@ -7,7 +7,9 @@ is told to, or takes too much, ends the interpreter, and the answer says so.
 
 import asyncio
 import json
+import os
 import secrets
+import signal
 from asyncio.subprocess import PIPE, Process
 from contextlib import suppress
 from pathlib import Path
@@ -51,36 +53,47 @@ class Interpreter:
     def __init__(self, sandbox: Sandbox) -> None:
         self._sandbox, self._limits = sandbox, sandbox.limits
         self._process: Process | None = None
+        self._busy = asyncio.Lock()
         self._unread = bytearray()  # of threads that print between calls
 
     async def call(self, recipient: str, text: str) -> str:
         """See Opened.call."""
         if len(text) > MOST_CODE:
             raise ToolError(f"the code is longer than {MOST_CODE} characters")
-        try:
-            printed, fault = await self._run(text)
-        except BaseException:  # cancelled: nobody knows what the interpreter is doing
-            await self.close()
-            raise
+        async with self._busy:
+            try:
+                printed, fault = await self._run(text)
+            except BaseException:  # cancelled: nobody knows what the interpreter is doing
+                await self._end()
+                raise
+            if fault is not None:
+                await self._end()
         said = shortened(printed.decode("utf-8", "replace"), MOST_TEXT)
         if fault is None:
             return said or "(no output)"
-        await self.close()
         raise ToolError("\n".join(filter(None, [said.rstrip(), f"{fault} {LOST}"])))
 
     async def close(self) -> None:
         """See Opened.close."""
+        async with self._busy:
+            await self._end()
+
+    async def _end(self) -> None:
         process, self._process = self._process, None
         self._unread.clear()
         if process is not None:
+            # bubblewrap's end is the end of all inside; before it has seen to that, what it has
+            # started is in its group.
             with suppress(ProcessLookupError):
-                process.kill()  # and with it, all that is inside
+                os.killpg(process.pid, signal.SIGKILL)
+            assert process.stdin is not None
+            process.stdin.close()
             await process.communicate()  # reads to the end: the pipes are closed then
 
     async def _run(self, code: str) -> tuple[bytes, str | None]:
         """What it printed; and if it must be ended, why."""
         limits, mark = self._limits, secrets.token_hex(16)
-        process = self._process = self._process or await start(self._sandbox)
+        process = await self._started()
         assert process.stdin is not None
         reading = asyncio.ensure_future(self._read(process, mark.encode()))
         watching = asyncio.ensure_future(_watch(process, limits.memory))
@@ -99,6 +112,16 @@ class Interpreter:
         finally:
             reading.cancel()
             watching.cancel()
+            await asyncio.wait({reading, watching})
+
+    async def _started(self) -> Process:
+        if self._process is None:
+            starting = asyncio.ensure_future(start(self._sandbox))
+            try:
+                await asyncio.shield(starting)
+            finally:  # whoever is cancelled meanwhile must find it, to end it
+                self._process = await starting
+        return self._process
 
     async def _read(self, process: Process, mark: bytes) -> tuple[bytes, str | None]:
         assert process.stdout is not None
