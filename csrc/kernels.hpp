@@ -15,19 +15,39 @@ namespace gptoss {
 
 using i64 = std::int64_t;
 
-enum class Format { f32, bf16, mxfp4, split };
+enum class Format { f32, bf16, mxfp4, split, twelve };
 
 // Numbers [rows, columns], row after row.
 //   f32, bf16: as in a file. split: float32 whose blocks of 32 are laid 16 evens, then 16 odds.
 //   mxfp4: 16 bytes a block of 32, low nibble first; scales: one exponent byte a block.
+//   twelve: bfloat16 in twelve bits, nothing lost: see Twelve.
 struct Matrix {
     Format format = Format::f32;
     const void* data = nullptr;
     const std::uint8_t* scales = nullptr;
     i64 rows = 0, columns = 0;
+    const std::uint16_t* aside = nullptr;  // of twelve: the blocks that do not fit
 
     i64 blocks() const { return (columns + 31) / 32; }  // a row; the last may be short
 };
+
+// A row of bfloat16 in twelve bits. Exponents of weights are few: a number is a byte of its sign and
+// fraction, and four bits that say which of the row's sixteen commonest exponents it has. A block
+// of 32 with any other exponent lies aside as it was, 64 bytes.
+//
+// Two blocks of 32 share 64 bytes, eight numbers of the first, eight of the second, eight of the
+// first, ..., so that `weave` gives them back in order. The four bits of the next two blocks lie in
+// the high halves of those of the first two: a group of 128 columns is 64 + 64 + 64 bytes.
+struct Twelve {
+    std::uint8_t high[16], low[16];  // of each exponent e: e >> 1, and (e & 1) << 7
+    i64 first;                       // the row's first block aside
+    std::uint8_t is_aside[24];       // a bit for each block
+
+    static constexpr i64 MOST_COLUMNS = 24 * 8 * 32, GROUP = 192;
+    static constexpr i64 bytes(i64 columns);  // of a row
+};
+static_assert(sizeof(Twelve) == 64);
+constexpr i64 Twelve::bytes(i64 columns) { return i64(sizeof(Twelve)) + (columns + 127) / 128 * GROUP; }
 
 // A matrix of bytes: value = (code - offset) * scale / 2. (The other half is in Bytes: the codes of
 // MXFP4 are twice its values.) Sixteen rows make a tile. Its blocks of 32 columns lie in the order

@@ -97,6 +97,7 @@ void bind_ops(nb::module_& m) {
              [](OwnedWeight& self, int planes) {
                  require(planes == 1 || planes == 2, "activations have one byte or two");
                  require(!self.tiles.codes, "this weight has been rounded to bytes already");
+                 require(self.stored.format != Format::twelve, "this weight is kept in twelve bits");
                  {
                      Turn turn;
                      use_bytes(self, planes);
@@ -106,6 +107,19 @@ void bind_ops(nb::module_& m) {
              "planes"_a = 1,
              "Multiply in integers from now on, with activations rounded to one byte or two. MXFP4 stays as it is; "
              "numbers are rounded to bytes, a scale to each 32 of a row, and the array they came from is let go.")
+        .def("use_twelve",
+             [](OwnedWeight& self) {
+                 require(!self.planes, "this weight is multiplied in integers");
+                 bool done;
+                 {
+                     Turn turn;
+                     done = use_twelve(self);
+                 }
+                 if (done) self.data = nb::none();
+                 return done;
+             },
+             "Keep bfloat16 in twelve bits from now on, without loss, unless that would not be smaller. Whether it is\n"
+             "done; then the array that the numbers came from is let go.")
         .def_prop_ro("rows", [](const OwnedWeight& w) { return w.stored.rows; })
         .def_prop_ro("columns", [](const OwnedWeight& w) { return w.stored.columns; });
 

@@ -148,6 +148,12 @@ void use_bytes(Weight& w, int planes) {
     });
 }
 
+bool use_twelve(Weight& w) {
+    if (w.planes || !w.twelve.pack(w.stored)) return false;
+    w.stored = {Format::twelve, w.twelve.rows.data(), nullptr, w.stored.rows, w.stored.columns, w.twelve.aside.data()};
+    return true;
+}
+
 void gather(const Matrix& table, const std::int32_t* rows, i64 T, float* out) {
     const i64 D = table.columns, bytes = D * (table.format == Format::bf16 ? 2 : 4);
     const auto* data = static_cast<const char*>(table.data);

@@ -144,12 +144,15 @@ static void dot_format(const Matrix& w, i64 row, i64 rows, const float* x, const
     }
 }
 
+#include "twelve.inl"
+
 static void dot(const Matrix& w, i64 row, i64 rows, const float* x, const std::int32_t* at, i64 tokens,
                 float* out, i64 stride, const float* bias) {
     switch (w.format) {
         case Format::f32: return dot_format<Floats, DIRECT_ROWS, 4>(w, row, rows, x, at, tokens, out, stride, bias);
         case Format::bf16: return dot_format<Halves, DIRECT_ROWS, 4>(w, row, rows, x, at, tokens, out, stride, bias);
         case Format::mxfp4: return dot_format<Fours, DIRECT_ROWS, 4>(w, row, rows, x, at, tokens, out, stride, bias);
+        case Format::twelve: return dot_twelve(w, row, rows, x, at, tokens, out, stride, bias);
         case Format::split:
             return dot_format<Split, GEMM_ROWS, GEMM_TOKENS>(w, row, rows, x, at, tokens, out, stride, bias);
     }
@@ -180,6 +183,7 @@ static void unpack(const Matrix& w, i64 row, i64 rows, float* out) {
         case Format::bf16: return unpack_rows<Halves>(w, row, rows, out);
         case Format::mxfp4: return unpack_rows<Fours>(w, row, rows, out);
         case Format::split: return unpack_rows<Split>(w, row, rows, out);
+        case Format::twelve: return unpack_twelve(w, row, rows, out);
     }
 }
 

@@ -74,11 +74,13 @@ static inline F16 load_bf16(const std::uint16_t* p) {
     };
     return {half(p), half(p + 8)};
 }
-static inline void split_bf16(const std::uint16_t* p, F16& even, F16& odd) {
-    __m256i a = _mm256_loadu_si256((const __m256i*)p), b = _mm256_loadu_si256((const __m256i*)(p + 16));
+static inline void split_bf16(B64 x, F16& even, F16& odd) {
     const __m256i high = _mm256_set1_epi32(int(0xffff0000u));
-    even = {_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(b, 16))};
-    odd = {_mm256_castsi256_ps(_mm256_and_si256(a, high)), _mm256_castsi256_ps(_mm256_and_si256(b, high))};
+    even = {_mm256_castsi256_ps(_mm256_slli_epi32(x.a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(x.b, 16))};
+    odd = {_mm256_castsi256_ps(_mm256_and_si256(x.a, high)), _mm256_castsi256_ps(_mm256_and_si256(x.b, high))};
+}
+static inline void split_bf16(const std::uint16_t* p, F16& even, F16& odd) {
+    split_bf16(B64{_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 16))}, even, odd);
 }
 static inline void split_floats(const float* p, F16& even, F16& odd) {
     auto half = [](const float* q, int which) {
@@ -150,6 +152,12 @@ static inline B64 pick_low(B64 table, B64 x) {
 }
 static inline B64 pick_high(B64 table, B64 x) {
     return pick_low(table, {_mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4)});
+}
+static inline B64 both(B64 x, B64 y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
+static inline B64 either(B64 x, B64 y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+static inline void weave(B64 low, B64 high, B64& a, B64& b) {
+    a = {_mm256_unpacklo_epi8(low.a, high.a), _mm256_unpacklo_epi8(low.b, high.b)};
+    b = {_mm256_unpackhi_epi8(low.a, high.a), _mm256_unpackhi_epi8(low.b, high.b)};
 }
 static inline I16 dot4(I16 acc, B64 x, B64 y) {
     // Bytes above 127 would overflow 16 bits in pairs: even and odd ones apart.

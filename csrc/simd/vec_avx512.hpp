@@ -70,10 +70,12 @@ static inline F16 load_bf16(const std::uint16_t* p) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+static inline void split_bf16(B64 x, F16& even, F16& odd) {
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(x.v, 16));
+    odd = _mm512_castsi512_ps(_mm512_and_si512(x.v, _mm512_set1_epi32(int(0xffff0000u))));
+}
 static inline void split_bf16(const std::uint16_t* p, F16& even, F16& odd) {
-    __m512i both = _mm512_loadu_si512(p);
-    even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
-    odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000u))));
+    split_bf16(B64{_mm512_loadu_si512(p)}, even, odd);
 }
 static inline void split_floats(const float* p, F16& even, F16& odd) {
     __m512 a = _mm512_loadu_ps(p), b = _mm512_loadu_ps(p + 16);
@@ -118,6 +120,11 @@ static inline B64 pick_low(B64 table, B64 a) {
     return {_mm512_shuffle_epi8(table.v, _mm512_and_si512(a.v, _mm512_set1_epi8(15)))};
 }
 static inline B64 pick_high(B64 table, B64 a) { return pick_low(table, {_mm512_srli_epi16(a.v, 4)}); }
+static inline B64 both(B64 a, B64 b) { return {_mm512_and_si512(a.v, b.v)}; }
+static inline B64 either(B64 a, B64 b) { return {_mm512_or_si512(a.v, b.v)}; }
+static inline void weave(B64 low, B64 high, B64& a, B64& b) {
+    a.v = _mm512_unpacklo_epi8(low.v, high.v), b.v = _mm512_unpackhi_epi8(low.v, high.v);
+}
 static inline I16 dot4(I16 acc, B64 a, B64 b) {
 #ifdef GPTOSS_VNNI
     return {_mm512_dpbusd_epi32(acc.v, a.v, b.v)};

@@ -79,11 +79,13 @@ static inline I16 to_int(F16 a) { return four<I16>([&](int i) { return vcvtnq_s3
 static inline F16 load_bf16(const std::uint16_t* p) {
     return four<F16>([&](int i) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16)); });
 }
+static inline void split_bf16(B64 x, F16& even, F16& odd) {
+    auto pairs = [&](int i) { return vreinterpretq_u32_u8(x.v[i]); };
+    even = four<F16>([&](int i) { return vreinterpretq_f32_u32(vshlq_n_u32(pairs(i), 16)); });
+    odd = four<F16>([&](int i) { return vreinterpretq_f32_u32(vandq_u32(pairs(i), vdupq_n_u32(0xffff0000u))); });
+}
 static inline void split_bf16(const std::uint16_t* p, F16& even, F16& odd) {
-    uint32x4_t pairs[4];
-    for (int i = 0; i < 4; i++) pairs[i] = vreinterpretq_u32_u16(vld1q_u16(p + 8 * i));
-    even = four<F16>([&](int i) { return vreinterpretq_f32_u32(vshlq_n_u32(pairs[i], 16)); });
-    odd = four<F16>([&](int i) { return vreinterpretq_f32_u32(vandq_u32(pairs[i], vdupq_n_u32(0xffff0000u))); });
+    split_bf16(four<B64>([&](int i) { return vreinterpretq_u8_u16(vld1q_u16(p + 8 * i)); }), even, odd);
 }
 static inline void split_floats(const float* p, F16& even, F16& odd) {
     even = four<F16>([&](int i) { return vuzp1q_f32(vld1q_f32(p + 8 * i), vld1q_f32(p + 8 * i + 4)); });
@@ -149,6 +151,12 @@ static inline B64 pick_low(B64 table, B64 a) {
 }
 static inline B64 pick_high(B64 table, B64 a) {
     return four<B64>([&](int i) { return vqtbl1q_u8(table.v[i], vshrq_n_u8(a.v[i], 4)); });
+}
+static inline B64 both(B64 a, B64 b) { return four<B64>([&](int i) { return vandq_u8(a.v[i], b.v[i]); }); }
+static inline B64 either(B64 a, B64 b) { return four<B64>([&](int i) { return vorrq_u8(a.v[i], b.v[i]); }); }
+static inline void weave(B64 low, B64 high, B64& a, B64& b) {
+    a = four<B64>([&](int i) { return vzip1q_u8(low.v[i], high.v[i]); });
+    b = four<B64>([&](int i) { return vzip2q_u8(low.v[i], high.v[i]); });
 }
 static inline I16 dot4(I16 acc, B64 a, B64 b) {
     return four<I16>([&](int i) {

@@ -76,6 +76,12 @@ static inline void split_bf16(const std::uint16_t* p, F16& even, F16& odd) {
     GPTOSS_EACH b.v[i] = std::int32_t(std::uint32_t(p[2 * i + 1]) << 16);
     even = floats(a), odd = floats(b);
 }
+// the same of bytes that have been loaded
+static inline void split_bf16(B64 x, F16& even, F16& odd) {
+    std::uint16_t some[32];
+    std::memcpy(some, x.v, 64);
+    split_bf16(some, even, odd);
+}
 // 32 floats -> the even ones and the odd ones
 static inline void split_floats(const float* p, F16& even, F16& odd) {
     GPTOSS_EACH even.v[i] = p[2 * i];
@@ -116,6 +122,16 @@ static inline B64 repeat16(const void* p) { B64 r; for (int i = 0; i < 64; i += 
 // table[the low four bits of a byte], table[the high four]; the table is the same in each quarter
 static inline B64 pick_low(B64 table, B64 a) { for (int i = 0; i < 64; i++) a.v[i] = table.v[a.v[i] & 15]; return a; }
 static inline B64 pick_high(B64 table, B64 a) { for (int i = 0; i < 64; i++) a.v[i] = table.v[a.v[i] >> 4]; return a; }
+static inline B64 both(B64 a, B64 b) { for (int i = 0; i < 64; i++) a.v[i] &= b.v[i]; return a; }
+static inline B64 either(B64 a, B64 b) { for (int i = 0; i < 64; i++) a.v[i] |= b.v[i]; return a; }
+// low and high bytes in turn: a gets the first eight of each quarter, b the others
+static inline void weave(B64 low, B64 high, B64& a, B64& b) {
+    for (int q = 0; q < 64; q += 16)
+        for (int i = 0; i < 8; i++) {
+            a.v[q + 2 * i] = low.v[q + i], a.v[q + 2 * i + 1] = high.v[q + i];
+            b.v[q + 2 * i] = low.v[q + 8 + i], b.v[q + 2 * i + 1] = high.v[q + 8 + i];
+        }
+}
 // acc[i] + sum over j < 4 of a[4i+j] (unsigned) * b[4i+j] (signed, above -128)
 static inline I16 dot4(I16 acc, B64 a, B64 b) {
     GPTOSS_EACH for (int j = 0; j < 4; j++) acc.v[i] += int(a.v[4 * i + j]) * int(std::int8_t(b.v[4 * i + j]));

@@ -113,6 +113,7 @@ struct Stored {
             case Format::bf16: return columns * 2;
             case Format::mxfp4: return columns / 2;
             case Format::split: return (columns + 31) / 32 * 128;
+            case Format::twelve: break;  // is made from bfloat16
         }
         return 0;
     }

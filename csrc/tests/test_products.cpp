@@ -62,6 +62,29 @@ void test_linear(Format format, int planes, i64 rows, i64 columns, i64 T) {
     compare(ours, truth, size * (!planes ? 2e-6 : planes == 2 && format == Format::mxfp4 ? 2e-4 : 3e-2), planes ? "linear of bytes" : "linear");
 }
 
+// In twelve bits: the bits of bfloat16, where blocks fit and where they lie aside.
+void test_twelve(i64 rows, i64 columns, i64 T, bool wild) {
+    Stored stored(Format::bf16, rows, columns);
+    auto* data = reinterpret_cast<std::uint16_t*>(stored.data.data());
+    for (i64 i = 0; wild && i < rows * columns; i += 200 + below(800)) data[i] = std::uint16_t(below(1 << 16));
+    for (i64 i = 0; wild && i < columns * 2; i++) data[i] = std::uint16_t(i % 3 ? 0 : 0x8000);
+    for (i64 c = 0; wild && c < 32; c++) data[columns * 2 + c] = std::uint16_t((40 + 4 * c) << 7);
+    const auto x = numbers(T * columns), bias = numbers(rows);
+    const auto truth = everywhere(T * rows, "bfloat16", [&](float* out) {
+        Weight w;
+        w.stored = stored.matrix();
+        linear(x.data(), T, w, bias.data(), out);
+    });
+    const auto ours = everywhere(T * rows, "twelve bits", [&](float* out) {
+        Weight w;
+        w.stored = stored.matrix();
+        CHECK(use_twelve(w), "[%d, %d] in twelve bits", int(rows), int(columns));
+        CHECK(!wild || !w.twelve.aside.empty(), "blocks aside");
+        linear(x.data(), T, w, bias.data(), out);
+    });
+    CHECK(same(ours, truth), "twelve bits, [%d, %d] x %d", int(rows), int(columns), int(T));
+}
+
 void test_experts(Format format, int planes, i64 T) {
     const i64 E = 5, D = 96, F = 64, k = 3;
     const Stored one(format, E * 2 * F, D), two(format, E * D, F);
@@ -112,5 +135,7 @@ int main() {
             test_experts(format, planes, 40);
             release_scratch();
         }
+    for (i64 T = 1; T <= 6; T++)
+        for (bool wild : {false, true}) test_twelve(20 + T, 160, T, wild), test_twelve(60, 32 * T, 9, wild), test_twelve(3, 2880, T, wild);
     return report("products");
 }

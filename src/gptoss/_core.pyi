@@ -17,6 +17,9 @@ class Weight:
     def use_bytes(self, planes: int = 1) -> None:
         """Multiply in 8-bit integers from now on."""
 
+    def use_twelve(self) -> bool:
+        """Keep bfloat16 in twelve bits from now on, without loss, if that is smaller: whether."""
+
     @property
     def rows(self) -> int: ...
     @property

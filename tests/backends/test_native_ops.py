@@ -55,6 +55,31 @@ def test_exact_products(format, rows, columns, T):
     assert error(product(x, weight(w), bias), x.astype(np.float64) @ truth.T + bias) < 2e-6
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(1, 32), (7, 96), (50, 160), (40, 2880), (9, 6144)])
+@pytest.mark.parametrize("T", [1, 2, 3, 4, 9])
+def test_twelve_bits_lose_nothing(rows, columns, T):
+    rng = np.random.default_rng(rows + T)
+    w = (rng.standard_normal((rows, columns)) * 0.02).astype(ml_dtypes.bfloat16)
+    odd = rng.integers(0, w.size, w.size // 400 + 1)  # of these blocks none fits
+    w.reshape(-1)[odd] = rng.integers(0, 1 << 15, len(odd)).astype(np.uint16).view(w.dtype)
+    w[np.isnan(w.astype(np.float32))] = 0
+    x = rng.standard_normal((T, columns)).astype(np.float32)
+    packed = weight(w)
+    done = packed.use_twelve()
+    assert done or rows == 1
+    np.testing.assert_array_equal(product(x, packed), product(x, weight(w)))
+    if done:
+        with pytest.raises(ValueError, match="twelve bits"):
+            packed.use_bytes()
+
+
+def test_what_would_not_become_smaller_stays():
+    rng = np.random.default_rng(0)
+    everything = rng.integers(0, 1 << 16, (64, 320)).astype(np.uint16).view(ml_dtypes.bfloat16)
+    for w in (everything, everything.astype(np.float32), np.zeros((2, 33), everything.dtype)):
+        assert not weight(w).use_twelve()
+
+
 @pytest.mark.parametrize("format", FORMATS[:2])
 @pytest.mark.parametrize("columns", [1, 31, 33, 72, 127])
 def test_rows_that_are_no_whole_blocks(format, columns):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gptoss import LLM
+from gptoss import LLM, backends
 from gptoss.checkpoint.open import open_checkpoint
 from gptoss.errors import GptOssError
 from gptoss.llm import memory, models, needs, plan
@@ -26,7 +26,8 @@ def test_bfloat16_weights_take_what_they_take_on_disk(config, weights):
     taken = needs.estimate(config, "torch", "bfloat16", 16_384)
     assert taken.weights == pytest.approx(weights, rel=0.002)
     assert taken.working < 1.5 * GB
-    assert needs.estimate(config, "native", "exact", 16_384).weights == taken.weights
+    packed = needs.estimate(config, "native", "exact", 16_384).weights  # the dense ones without loss
+    assert 0.5e9 < taken.weights - packed < 0.7e9
 
 
 @pytest.mark.parametrize("config, cache", [(gpt_oss_20b(), 3.22 * GB), (gpt_oss_120b(), 4.84 * GB)])
@@ -65,7 +66,7 @@ def test_what_the_reference_holds_of_a_small_model_is_in_the_plan(toy, dtype, tm
 def test_fast_rounds_the_matrices_that_every_token_passes_through():
     c = gpt_oss_20b()
     exact, fast = (needs.estimate(c, "native", p, 16_384) for p in ("exact", "fast"))
-    assert exact.weights - fast.weights == pytest.approx(1.216e9 * (2 - 17 / 16), rel=0.01)
+    assert exact.weights - fast.weights == pytest.approx(1.216e9 * (1.55 - 17 / 16), rel=0.01)
     assert (exact.cache, exact.working) == (2 * fast.cache, fast.working)
     loose = needs.estimate(c, "native", "fast", 16_384, packed=False)
     assert loose.weights > 2.9 * fast.weights
@@ -139,8 +140,7 @@ def test_native_is_fast_unless_the_model_is_narrow(toy, machine, monkeypatch):
     assert (made.backend, made.precision, made.dtype) == ("native", "exact", None)
     assert "native backend in exact precision (weights as published) on cpu" in str(made)
     assert plan.make_plan(opened, precision="fast").precision == "exact"
-    for room in (plan, needs):
-        monkeypatch.setattr(room, "NARROW", 0)
+    monkeypatch.setattr(backends, "NARROW", 0)
     made = plan.make_plan(opened, threads=3)
     assert (made.precision, made.threads) == ("fast", 3)
     assert "fast precision (dense matrices in 8 bits) on cpu, 3 threads" in str(made)

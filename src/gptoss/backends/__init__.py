@@ -11,6 +11,11 @@ CACHES = ("bfloat16", "float32", "int8")  # how native keeps keys and values
 NARROW = 512  # hidden size below which native computes in float32 whatever the precision
 
 
+def is_narrow(config: ModelConfig) -> bool:
+    """Whether rounding saves little here, and may turn near ties between experts over."""
+    return config.hidden_size < NARROW
+
+
 def load_backend(
     name: str,
     config: ModelConfig,

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gptoss.backends.protocol import Batch
-from gptoss.llm.needs import AFFINE, BYTES, PACKED, ROUNDED, counts, eight_bits, kept, key_width
+from gptoss.llm.needs import AFFINE, BYTES, PACKED, counts, kept, key_width, matrix_width
 from gptoss.model.config import ModelConfig
 
 
@@ -63,7 +63,7 @@ def widths(
     stored = PACKED if packed else BYTES["bfloat16"]
     if backend == "native":
         return Widths(
-            matrix=ROUNDED if eight_bits(config, numbers) else 2,
+            matrix=matrix_width(config, numbers),
             gate=2,
             expert=stored,
             vector=4,

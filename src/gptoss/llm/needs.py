@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 
-from gptoss.backends import NARROW
+from gptoss.backends import is_narrow
 from gptoss.engine import STEP_TOKENS
 from gptoss.model.config import ModelConfig
 from gptoss.model.weights import specs
@@ -11,6 +11,7 @@ from gptoss.model.weights import specs
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 PACKED = 17 / 32  # bytes of a weight in MXFP4
 ROUNDED = 17 / 16  # of one in 8 bits, with its share of a scale
+TWELVE = 1.55  # of one in twelve bits, with its share of the row's exponents and of what fits not
 MLX_SCORES = 1 << 26  # bytes of attention that MLX holds together on a CPU
 AFFINE = {"fast": 9 / 8, "small": 5 / 8}  # of mlx, where scale and offset are float32
 NATIVE_CHUNK = 512  # tokens that a sliding layer of the native backend holds beside its window
@@ -85,7 +86,14 @@ def parameters(config: ModelConfig) -> int:
 
 def eight_bits(config: ModelConfig, precision: str) -> bool:
     """Whether the native backend rounds anything to 8 bits."""
-    return precision == "fast" and config.hidden_size >= NARROW
+    return precision == "fast" and not is_narrow(config)
+
+
+def matrix_width(config: ModelConfig, precision: str) -> float:
+    """Bytes of a number of the native backend's large dense matrices."""
+    if is_narrow(config):
+        return BYTES["bfloat16"]
+    return ROUNDED if eight_bits(config, precision) else TWELVE
 
 
 def kept(config: ModelConfig, precision: str, kv: str | None) -> str:
@@ -104,13 +112,13 @@ def _native(
     """Everything as stored; fast rounds the matrices that every token passes through."""
     dense, experts = counts(c)
     D, F, V, heads = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_attention_heads
-    rounded = _matrices(c) if eight_bits(c, precision) else 0
+    matrices = _matrices(c)
     stored = round(experts * _stored(packed))
     mapped = stored if packed else 0
     beside, step = max(NATIVE_CHUNK, step), min(step, max_tokens)
     a_token = 8 * D + 2 * c.qkv_size + c.experts_per_token * (3 * F + 2 * D)  # float32 values
     return Needs(
-        weights=round(2 * (dense - rounded) + ROUNDED * rounded) + stored,
+        weights=round(2 * (dense - matrices) + matrix_width(c, precision) * matrices) + stored,
         cache=round(_cached(c, max_tokens, beside) * key_width(c, kv)),
         working=4 * step * a_token + 4 * heads * max_tokens + 32 * V,
         mapped=mapped,
@@ -127,14 +135,14 @@ def _matrices(c: ModelConfig) -> int:
 
 
 def _mlx(c: ModelConfig, width: int, precision: str, max_tokens: int, packed: bool) -> Needs:
-    """Packed experts as stored, the rest in the compute dtype or rounded."""
+    """Packed experts as stored, others in float32 (as on a CPU), the rest cast or rounded."""
     dense, experts = counts(c)
     rounded = _matrices(c) if precision in AFFINE else 0
     step, visits = min(STEP_TOKENS, max_tokens), c.experts_per_token
     a_token = 8 * c.hidden_size + 2 * visits * (3 * c.intermediate_size + c.hidden_size)
     weights = (dense - rounded) * width + rounded * AFFINE.get(precision, width)
     return Needs(
-        weights=round(weights + experts * (PACKED if packed else width)),
+        weights=round(weights + experts * (PACKED if packed else BYTES["float32"])),
         cache=_cached(c, max_tokens, step) * width,
         working=4 * step * a_token + MLX_SCORES + 32 * c.vocab_size,
     )

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptoss.backends import NAMES, NARROW, check_options, has_native
+from gptoss.backends import NAMES, check_options, has_native, is_narrow
 from gptoss.checkpoint.open import Checkpoint
 from gptoss.engine import STEP_TOKENS
 from gptoss.errors import GptOssError
@@ -120,10 +120,10 @@ def make_plan(
     chosen, where, reason = choose(config, backend, device, dtype=dtype, native=native)
     check_options(chosen, dtype=dtype, precision=precision, threads=threads, kv=kv, memory=memory)
     if chosen == "native":
-        numbers = precision = "exact" if config.hidden_size < NARROW else precision or "fast"
+        numbers = precision = "exact" if is_narrow(config) else precision or "fast"
         kv = kept(config, precision, kv)
     else:
-        wide = chosen == "reference" or (chosen == "mlx" and config.hidden_size < NARROW)
+        wide = chosen == "reference" or (chosen == "mlx" and is_narrow(config))
         numbers = dtype = dtype or ("float32" if wide else "bfloat16")
         if numbers not in BYTES:
             raise ValueError(f"unknown dtype {numbers!r}; one of {', '.join(BYTES)}")
@@ -170,7 +170,7 @@ def make_plan(
         dtype=dtype,
         precision=precision,
         kv=kv,
-        integers=chosen == "native" and packed and config.hidden_size >= NARROW,
+        integers=chosen == "native" and packed and not is_narrow(config),
         device=where,
         threads=threads,
         reason=reason,

@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from gptoss.backends import CACHES, NARROW
+from gptoss.backends import CACHES, is_narrow
 from gptoss.model.config import ModelConfig
 from gptoss.model.reference import NDArray, NumpyOps, softmax, swiglu, unpack
 
@@ -63,7 +63,7 @@ def precision_of(
         narrow = (dtype or ("float32" if backend == "reference" else "bfloat16")) == "bfloat16"
         name = "bfloat16" if narrow else "float32"
         return Precision(name=name, results=narrow, dense=MLX.get(precision or "exact"))
-    wide = config.hidden_size >= NARROW
+    wide = not is_narrow(config)
     if precision == "exact" or not wide:
         return Precision(name="exact", experts=16 if wide else None, kv=kv or "float32")
     return Precision(name="fast", dense=8, inputs=8, experts=8, kv=kv or "bfloat16")

@@ -7,10 +7,10 @@ import numpy as np
 import numpy.typing as npt
 
 from gptoss import _core
-from gptoss.backends import NARROW
+from gptoss.backends import is_narrow
 from gptoss.backends.native.cache import NativeCache, NativeView
 from gptoss.backends.native.ops import NativeOps, weight, widened
-from gptoss.backends.native.resident import Resident
+from gptoss.backends.native.resident import Resident, let_go
 from gptoss.backends.protocol import Batch, Cache, Sampling
 from gptoss.backends.sampling import sample_rows
 from gptoss.model import model
@@ -27,7 +27,8 @@ class NativeBackend:
     """Runs ``model.forward`` with ``NativeOps``.
 
     Args:
-        precision: "exact" multiplies weights as published, with float32 activations or, where
+        precision: "exact" multiplies weights as published (the large dense matrices packed at load,
+            a quarter smaller and without loss), with float32 activations or, where
             experts are packed in MXFP4, with 16 bits and a scale to each 32 numbers. "fast" rounds
             the large dense matrices to 8 bits at load (a scale to each 32 numbers) and activations
             to 8 bits before each product with those and with packed experts. In a model of less
@@ -59,7 +60,7 @@ class NativeBackend:
         held = None if resident is None else Resident(resident)
         self.step = STEP if held is None else DISK_STEP
         self.config, self.precision, self.ops = config, precision, NativeOps(held)
-        wide = config.hidden_size >= NARROW
+        wide = not is_narrow(config)
         fast = precision == "fast" and wide
         self.kv = kv or ("bfloat16" if fast else "float32")
 
@@ -76,8 +77,12 @@ class NativeBackend:
                 return stored
             if name.endswith(".weight"):
                 dense = weight(stored)
-                if fast and name.endswith(ROUNDED):
-                    dense.use_bytes()
+                if wide and name.endswith(ROUNDED):
+                    if fast:
+                        dense.use_bytes()
+                    else:
+                        dense.use_twelve()
+                    let_go(stored)
                 return dense
             return widened(np.asarray(stored))
 

@@ -66,6 +66,12 @@ def spans(stored: Stored, first: int, count: int) -> list[Span]:
     return [Span(mapped, start, start + stored[first : first + count].nbytes)]
 
 
+def let_go(stored: Stored) -> None:
+    """Drop what has been read of these numbers from this process, if they lie in a mapped file."""
+    for span in spans(stored, 0, stored.shape[0]):
+        span.let_go()
+
+
 class Resident:
     """The experts that are mapped, by when they were last used, within a budget."""
 
