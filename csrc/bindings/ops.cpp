@@ -156,6 +156,8 @@ void bind_ops(nb::module_& m) {
               require(mlp1.stored.rows == E * 2 * F && mlp1.stored.columns == D, "experts: mlp1 must be [E, 2F, D]");
               require(mlp2.stored.rows == E * D && mlp2.stored.columns == F, "experts: mlp2 must be [E, D, F]");
               require(i64(bias2.shape(0)) == E && i64(bias2.shape(1)) == D, "experts: bias2 must be [E, D]");
+              require((!mlp1.tiles.codes || 2 * F % 16 == 0) && (!mlp2.tiles.codes || D % 16 == 0),
+                      "experts: of dense experts in bytes, 2F and D must be multiples of 16");
               require(i64(chosen.shape(0)) == T && i64(share.shape(0)) == T && i64(share.shape(1)) == k,
                       "experts: chosen and share must be [T, k]");
               require(i64(out.shape(0)) == T && i64(out.shape(1)) == D, "experts: out must be [T, D]");

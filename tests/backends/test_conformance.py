@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gptoss.backends import NAMES, load_backend
+from gptoss.backends import NAMES, NARROW, load_backend
 from gptoss.backends.protocol import Batch, Sampling
 from gptoss.errors import BackendUnavailable, CacheFull, CacheMiss, ContextExceeded
 from gptoss.model.mxfp4 import encode
@@ -18,6 +18,9 @@ FLOAT32 = dict.fromkeys(("torch", "mlx"), "float32")  # who computes in somethin
 OTHERS = [name for name in NAMES if name != "reference"]
 ALLOWED = 10.0  # times float32's own rounding, measured against float64
 SAME = 1e-4  # of the largest logit: what other orders of the same float32 sums may grow into
+WIDE = replace(  # every expert is visited, so that no near tie between them can turn over
+    TINY, num_hidden_layers=2, hidden_size=NARROW, intermediate_size=64, experts_per_token=4
+)
 LONG = replace(TINY, num_hidden_layers=2, sliding_window=128)
 
 
@@ -266,6 +269,32 @@ def test_packed_experts_are_the_numbers_they_stand_for(room, tiny, weights):
     dense = {n: w.decode() if n.endswith("_weight") else w for n, w in packed.items()}
     ours = logits_of(load(room, tiny, packed), text(20), [17, 1, 1, 1])
     close(ours, logits_of(load_backend("reference", tiny, dense.get), text(20), [20]))
+
+
+@pytest.mark.parametrize("precision, allowed", [("exact", 1e-4), ("fast", 2e-2)])
+def test_a_wide_model_in_either_precision(precision, allowed):
+    """Where native multiplies integers, and packs dense matrices: every traced value, in pieces."""
+    pytest.importorskip("gptoss._core", reason="gptoss was installed without a compiler")
+    drawn = random_weights(WIDE, dtype=ml_dtypes.bfloat16, scale=0.02)
+    packed = {
+        n: encode(w.astype(np.float32)) if n.endswith("_weight") else w for n, w in drawn.items()
+    }
+    exact = {
+        n: w.decode("float64") if n.endswith("_weight") else w.astype(np.float64)
+        for n, w in packed.items()
+    }
+    truth = load_backend("reference", WIDE, exact.get, dtype="float64")
+    ours = load_backend("native", WIDE, packed.get, precision=precision)
+    rows = [text(30, WIDE), [7], text(3, WIDE)]
+    true, found = trace_of(truth, rows), trace_of(ours, rows)
+    assert list(found) == list(true)
+    for name, x in true.items():
+        if name.endswith((".chosen", ".share")):  # of equals the order is open
+            found[name], x = np.sort(found[name]), np.sort(x)
+        error = np.abs(found[name] - x).max() / np.abs(x).max()
+        assert error <= allowed, f"{precision} first diverges at {name}: {error:.1e}"
+    whole = logits_of(ours, text(38, WIDE), [38])
+    np.testing.assert_array_equal(logits_of(ours, text(38, WIDE), [7, 1, 30]), whole)
 
 
 def test_read_only_bfloat16_weights_are_welcome(room, tiny):

@@ -287,6 +287,18 @@ def test_swiglu_over_the_whole_range():
     assert np.abs(out[0, :F] - truth[0]).max() < 2e-5
 
 
+def test_dense_experts_in_bytes_are_whole_tiles():
+    D, F = 40, 12  # 2F and D are no multiples of 16: an expert would begin inside a tile
+    w1, w2 = (weight(np.zeros(s, np.float32)) for s in ((2, 2 * F, D), (2, D, F)))
+    x, share, chosen = (np.zeros((1, n), np.float32) for n in (D, 1, 1))
+    zeros = [np.zeros((2, n), np.float32) for n in (2 * F, D)]
+    args = (x, w1, zeros[0], w2, zeros[1], chosen.astype(np.int32), share, 7.0, np.empty_like(x))
+    _core.experts(*args)
+    w1.use_bytes()
+    with pytest.raises(ValueError, match="multiples of 16"):
+        _core.experts(*args)
+
+
 def test_widened_is_the_same_number():
     x = np.arange(65536, dtype=np.uint16).view(ml_dtypes.bfloat16)
     assert np.array_equal(widened(x), x.astype(np.float32), equal_nan=True)
