@@ -84,10 +84,12 @@ def test_sorted_visits_are_the_same_sum(monkeypatch, experts):
     np.testing.assert_allclose(*answers, atol=1e-4)
 
 
-def test_bfloat16_is_as_good_as_in_torch(monkeypatch):
-    """Past the window, prompt and single tokens, with experts packed."""
+@pytest.mark.parametrize("packed", [True, False])
+def test_bfloat16_is_as_good_as_in_torch(packed):
+    """Past the window, prompt and single tokens."""
     weights = random_weights(WIDE, scale=0.1)
-    weights |= {n: encode(w) for n, w in weights.items() if n.endswith("_weight")}
+    if packed:
+        weights |= {n: encode(w) for n, w in weights.items() if n.endswith("_weight")}
     tokens, steps = text(200), [150, 47, 1, 1, 1]
     rooms = {
         name: load_backend(name, WIDE, weights.get, dtype=dtype)

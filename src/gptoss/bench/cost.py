@@ -75,7 +75,9 @@ def widths(
         from gptoss.backends.reference.backend import SMALL  # the room is opened only when asked
 
         stored = width if counts(config)[1] * width <= SMALL else stored
-    matrix = AFFINE.get(precision or "", width) if backend == "mlx" else width
+    matrix: float = width
+    if backend == "mlx":
+        matrix, stored = AFFINE.get(precision or "", width), stored if packed else 4
     return Widths(
         matrix=matrix, gate=width, expert=stored, vector=width, embedding=width, cache=width
     )

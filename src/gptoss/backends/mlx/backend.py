@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptoss.backends.mlx.cache import MlxCache, MlxView
-from gptoss.backends.mlx.ops import AffineArray, MlxOps, PackedArray, rotations
+from gptoss.backends.mlx.ops import AffineArray, MlxOps, PackedArray, on_cpu, rotations
 from gptoss.backends.protocol import Batch, Cache, Sampling
 from gptoss.backends.sampling import sample_rows
 from gptoss.checkpoint.pieces import forget
@@ -94,7 +94,7 @@ class MlxBackend:
             mx.eval(packed.words, packed.scales)
             forget(stored.blocks)
             return packed
-        x = mx.array(stored).astype(mx.float32 if name.endswith("norm.scale") else self.dtype)
+        x = mx.array(stored).astype(self._dtype_of(name))
         if self.bits and name.endswith(ROUNDED) and x.shape[-1] % BLOCK == 0:
             rounded = AffineArray.of(x, self.bits)
             mx.eval(rounded.words, rounded.scales, rounded.offsets)
@@ -103,6 +103,12 @@ class MlxBackend:
         mx.eval(x)
         forget(stored)
         return x
+
+    def _dtype_of(self, name: str) -> mx.Dtype:
+        """In what a tensor is kept; on a CPU, MLX multiplies stacks of matrices in float32 only."""
+        stack = name.endswith(("mlp1_weight", "mlp2_weight"))
+        wide = name.endswith("norm.scale") or (stack and on_cpu())
+        return mx.float32 if wide else self.dtype
 
 
 def readable(x: mx.array) -> mx.array:

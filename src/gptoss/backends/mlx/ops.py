@@ -154,7 +154,9 @@ def multiply(
     """x [N, 1, columns] by matrix ``which[n]`` of a stack [E, rows, columns] -> [N, 1, rows]."""
     if isinstance(stack, PackedArray):
         return stack.multiply(x, which, ordered=ordered)
-    return mx.gather_mm(x, stack.swapaxes(-1, -2), rhs_indices=which, sorted_indices=ordered)
+    return mx.gather_mm(
+        x.astype(stack.dtype), stack.swapaxes(-1, -2), rhs_indices=which, sorted_indices=ordered
+    )
 
 
 def swiglu(x: mx.array, limit: float) -> mx.array:
