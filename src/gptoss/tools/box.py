@@ -125,7 +125,7 @@ class Toolbox:
         system = next(i for i, m in enumerate(turns) if isinstance(m.content, System))
         content = turns[system].content
         assert isinstance(content, System)
-        builtin = [*content.builtin_tools, *(o.builtin for o in offers if o.builtin)]
+        builtin = (*content.builtin_tools, *(o.builtin for o in offers if o.builtin))
         turns[system] = replace(turns[system], content=replace(content, builtin_tools=builtin))
         if not functions and not told:
             return turns
