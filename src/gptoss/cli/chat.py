@@ -17,6 +17,7 @@ from gptoss.cli import options
 from gptoss.cli.arguments import Option
 from gptoss.cli.terminal import Screen, decoded, typed
 from gptoss.cli.tools import Tools
+from gptoss.cli.tracing import Tracing
 from gptoss.errors import ContextExceeded
 
 if TYPE_CHECKING:
@@ -36,23 +37,31 @@ def run(
     tools: Tools,
     drawing: options.Drawing,
     loading: options.Loading,
+    tracing: Tracing,
 ) -> None:
     """Talk with the model. Ctrl-C stops an answer, Ctrl-D ends the conversation."""
     how = drawing.checked()
     if instructions is not None:
         instructions = typed(instructions, "--instructions")
     with tools.box() as box:
-        chat = Chat(loading.load(model), effort, instructions, how, box)
+        llm = loading.load(model)
+        chat = Chat(llm, effort, instructions, how, box)
         if sys.stdin.isatty() and not loading.quiet:
             chat.screen.note(HELP)
-        while (line := ask(chat.screen)) is not None:
-            try:
-                if not chat.take(line):
-                    break
-            except KeyboardInterrupt:  # before the first word
-                if not sys.stdin.isatty():
-                    raise
-                chat.screen.note("stopped")
+        with tracing.of(llm, model):
+            converse(chat)
+
+
+def converse(chat: Chat) -> None:
+    """Line by line."""
+    while (line := ask(chat.screen)) is not None:
+        try:
+            if not chat.take(line):
+                break
+        except KeyboardInterrupt:  # before the first word
+            if not sys.stdin.isatty():
+                raise
+            chat.screen.note("stopped")
 
 
 class Chat:

@@ -116,17 +116,32 @@ def forward(
     return backend.to_numpy(backend.forward(batch, cache, trace))
 
 
-def stepwise(backend: Backend, rows: list[Any], last: int) -> NDArray:
-    """Logits of each row's last tokens, which come one by one behind the others: [R * last, V]."""
+def stepwise(backend: Backend, rows: list[Any], last: int) -> tuple[NDArray, Points]:
+    """Logits of each row's last tokens, which come one by one behind the others: [R * last, V].
+
+    And which experts every token of the rows has chosen, by the name of the trace point: [T, k].
+    """
     cache = backend.new_cache(max_tokens=sum(map(len, rows)))
     slots = [cache.open() for _ in rows]
-    found = []
+    stops = np.cumsum([len(row) for row in rows])
+    found, routes = [], dict[str, NDArray]()
     for i in range(last):
-        past = [len(row) - last + i for row in rows] if i else [0] * len(rows)
-        ends = [len(row) - last + i + 1 for row in rows]
-        new = [row[p:e] for row, p, e in zip(rows, past, ends, strict=True)]
-        found.append(backend.to_numpy(backend.forward(Batch.of(new, past, slots), cache)))
-    return np.stack(found, axis=1).reshape(len(rows) * last, -1)
+        past = [len(row) - last + i if i else 0 for row in rows]
+        new = [row[p : len(row) - last + i + 1] for row, p in zip(rows, past, strict=True)]
+        places = [
+            s - last + i + 1 - np.arange(len(n), 0, -1) for s, n in zip(stops, new, strict=True)
+        ]
+        here = np.concatenate(places)
+
+        def keep(name: str, x: Any, here: NDArray = here) -> None:
+            if name.endswith(".mlp.chosen"):
+                chosen = host(x)
+                kept = routes.setdefault(name, np.empty((stops[-1], chosen.shape[1]), int))
+                kept[here] = chosen
+
+        batch = Batch.of(new, past, slots)
+        found.append(backend.to_numpy(backend.forward(batch, cache, keep)))
+    return np.stack(found, axis=1).reshape(len(rows) * last, -1), routes
 
 
 def host(x: Any) -> NDArray:

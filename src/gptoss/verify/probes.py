@@ -35,7 +35,8 @@ TOP = 10  # candidates asked for at each; mlx-lm gives no more
 RIGHT = "right"  # stands among the bugs for having none
 SIGMAS = 5.0  # standard deviations of the noise by which an explanation must be worse to be out
 FLOOR = 1e-5  # nats: float32's own noise
-NEAR = 0.1  # of what half of the bugs make: an explanation so near is one
+CAP = 0.2  # nats that one step counts at most: a near tie between experts may turn over
+NEAR = 0.3  # of what half of the bugs make: an explanation so near is one
 
 # The kit's own checkpoint: as in the released models, but what two layers can show.
 PROBE = ModelConfig(
@@ -82,7 +83,7 @@ class Seen:
     steps: list[Step]
 
 
-Answers = Sequence[npt.NDArray[np.float64]]  # logprobs of the candidates of each step
+Answers = npt.NDArray[np.float64]  # [S, C], logprobs of the candidates of each step; NaN: none
 Patient = Callable[[list[int]], list[Step]]  # continues greedily, at most ``STEPS`` tokens
 
 
@@ -148,25 +149,24 @@ def local(backend: Backend) -> Patient:
 
 
 def answers(config: ModelConfig, read: Read, seen: Sequence[Seen], *bugs: str) -> Answers:
-    """What the reference, with these bugs planted, thinks of what a patient has seen.
-
-    Its own logprobs of the candidates of each step, in the order of rows and steps.
-    """
+    """What the reference with these bugs says of the candidates that a patient has named."""
     with planted(*bugs), np.errstate(all="ignore"):  # some bugs overflow
-        backend = load_backend("reference", config, read)
-        cache = backend.new_cache(max_tokens=sum(len(row.prompt) + STEPS for row in seen))
-        slots = [cache.open() for _ in seen]
-        found: dict[tuple[int, int], npt.NDArray[np.float64]] = {}
-        for step in range(STEPS):
-            here = [r for r, row in enumerate(seen) if step < len(row.steps)]
-            if not here:
-                break
-            new = [[seen[r].steps[step - 1].token] if step else seen[r].prompt for r in here]
-            past = [len(seen[r].prompt) + step - 1 if step else 0 for r in here]
-            logits = backend.forward(Batch.of(new, past, [slots[r] for r in here]), cache)
-            for r, logprobs in zip(here, map(log_softmax, backend.to_numpy(logits)), strict=True):
-                found[r, step] = logprobs[list(seen[r].steps[step].top)]
-        return [found[key] for key in sorted(found)]
+        return said(load_backend("reference", config, read), seen)
+
+
+def said(backend: Backend, seen: Sequence[Seen]) -> Answers:
+    """A backend's own logprobs of the candidates of each step, in the order of rows and steps."""
+    cache = backend.new_cache(max_tokens=sum(len(row.prompt) + STEPS for row in seen))
+    slots = [cache.open() for _ in seen]
+    found: dict[tuple[int, int], list[float]] = {}
+    for step in range(max(len(row.steps) for row in seen)):
+        here = [r for r, row in enumerate(seen) if step < len(row.steps)]
+        new = [[seen[r].steps[step - 1].token] if step else seen[r].prompt for r in here]
+        past = [len(seen[r].prompt) + step - 1 if step else 0 for r in here]
+        logits = backend.forward(Batch.of(new, past, [slots[r] for r in here]), cache)
+        for r, logprobs in zip(here, map(log_softmax, backend.to_numpy(logits)), strict=True):
+            found[r, step] = logprobs[list(seen[r].steps[step].top)].tolist()
+    return table([found[key] for key in sorted(found)])
 
 
 def log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
@@ -183,15 +183,23 @@ def distance(a: Answers, b: Answers) -> float:
 
 
 def _squares(a: Answers, b: Answers) -> float:
-    """Mean square nats of each step, at most 1, summed over steps.
+    """Mean square nats of each step, at most ``CAP`` squared, summed over steps.
 
     The mean of a step's candidates is taken off: some engines leave padding out of their softmax.
     """
-    total = 0.0
-    for x, y in zip(a, b, strict=True):
-        apart = (x - x.mean()) - (y - y.mean())
-        total += min(1.0, float(np.mean(apart * apart))) if np.isfinite(apart).all() else 1.0
-    return total
+    apart = a - b
+    with np.errstate(invalid="ignore"):
+        apart = apart - np.nanmean(apart, axis=1, keepdims=True)
+        each = np.nanmean(apart * apart, axis=1)
+    return float(np.where(np.isfinite(each), np.minimum(each, CAP * CAP), CAP * CAP).sum())
+
+
+def table(rows: Sequence[Sequence[float]]) -> Answers:
+    """Rows of any length as one array, NaN where there is nothing."""
+    found = np.full((len(rows), max(map(len, rows))), np.nan)
+    for i, row in enumerate(rows):
+        found[i, : len(row)] = row
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,9 +284,10 @@ def diagnose(
         GptOssError: the patient answers nothing, or as the patient raises.
     """
     seen = [Seen(prompt, patient(prompt)) for prompt in prompts]
-    theirs = [np.array([*step.top.values()]) for row in seen for step in row.steps]
-    if not theirs:
+    told = [[*step.top.values()] for row in seen for step in row.steps]
+    if not told:
         raise GptOssError("not one probe was answered with log-probabilities")
+    theirs = table(told)
     ours = {RIGHT: answers(config, read, seen)}
     for i, name in enumerate(BUGS):
         ours[name] = answers(config, read, seen, name)

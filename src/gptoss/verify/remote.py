@@ -113,7 +113,7 @@ class Server:
                 best = [t for t, p in known.items() if p == max(known.values())]
                 token = self._id(drawn)
                 steps.append(Step(token if token in best else best[0], known))
-                if token not in best and len(best) > 1:
+                if token is None or (token not in best and len(best) > 1):
                     break
         except (LookupError, TypeError, ValueError, AttributeError):
             return []

@@ -103,7 +103,7 @@ def verify(
     backend = candidate.open()
     logits = forward(backend, rows, range(sum(map(len, rows))), trace)
     judge.head(own["norm"], logits)
-    judge.steps(stepwise(backend, rows, min(LAST, *map(len, rows))), logits)
+    judge.steps(*stepwise(backend, rows, min(LAST, *map(len, rows))), logits)
 
 
 class Judge:
@@ -129,6 +129,7 @@ class Judge:
         few = np.searchsorted(self.starts, SAMPLE // self.config.hidden_size, side="right") - 1
         self.sampled = self.starts[: max(2, int(few) + 1)]  # the first texts
         self.alive = np.ones(len(self.tokens), bool)  # tokens that are routed alike so far
+        self.routes: Points = {}  # of the whole model
 
     def embedding(self, own: NDArray | None) -> None:
         """Before the first layer."""
@@ -154,6 +155,7 @@ class Judge:
             apart = (np.sort(own[chosen]) != np.sort(true[chosen])).any(axis=-1)
             self._compare("propagated", own, true, along, apart)
             self._forget(apart)
+            self.routes[chosen] = own[chosen]
         self.true = true[f"block.{layer}"]
 
     def _true(self, layer: int, block: Block, own: Points | None) -> Points:
@@ -225,12 +227,19 @@ class Judge:
             errors = np.where(self.alive, tally["propagated"].errors, 0.0)
             self._find("propagated", "logits", errors, noise[1])
 
-    def steps(self, own: NDArray, whole: NDArray) -> None:
-        """Logits of tokens that came one by one, against the same model's all at once."""
+    def steps(self, own: NDArray, routes: Points, whole: NDArray) -> None:
+        """Logits of tokens that came one by one, against the same model's all at once.
+
+        Other shapes round otherwise, and may turn a near tie over: what is behind one is left out.
+        """
+        self.alive[:] = True
+        for name, chosen in routes.items():
+            self._forget((np.sort(chosen) != np.sort(self.routes[name])).any(axis=-1))
         last = len(own) // (len(self.starts) - 1)
         ends = np.concatenate([np.arange(stop - last, stop) for stop in self.starts[1:]])
         errors = np.zeros(len(self.tokens))
         errors[ends] = relative(own, whole[ends])
+        errors = np.where(self.alive, errors, 0.0)
         self._find("stepwise", "logits", errors, {"logits": self.allowed})
 
     def _forget(self, apart: NDArray) -> None:
