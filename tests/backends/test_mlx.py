@@ -61,7 +61,7 @@ def test_packed_values_are_exact_at_every_scale_and_code():
 
 
 def test_rotations_are_right_at_the_end_of_the_context():
-    """In float32, position times frequency is wrong by thousandths of a turn there."""
+    """In float32, position times frequency is wrong by thousandths there."""
     far = np.array([0, 130, 4200, 131_071], np.int32)
     x = np.random.default_rng(0).standard_normal((4, 2, TINY.head_dim)).astype(np.float32)
     ours = ops.MlxOps().rope(mx.array(x), ops.rotations(far, TINY), TINY)
