@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from gptoss.sight.messages import spans
 from gptoss.sight.page import page
 from gptoss.text.tokenizer import Tokenizer
 from tests.sight.browser import CHROMIUM, Browser
@@ -155,6 +156,14 @@ def test_surprise_is_shaded_and_said(shown, nano):
         assert float(re.search(r"surprise ([\d.]+) bits", label)[1]) == pytest.approx(
             bits[i - 1], abs=0.06
         )
+
+
+def test_the_assistants_surprise_is_summed_up(shown, nano):
+    bits = [0.0, *(-nano.sight.expected.came[:-1] / 0.6931)]
+    own = [s for s in spans(nano.tokens, nano.tokenizer) if s.label != "user"]
+    said = [bits[i] for s in own for i in range(s.body, s.stop)]
+    mean = sum(said) / len(said)
+    assert f"{len(said)} tokens had {mean:.2f} bits" in text(shown, "#about")
 
 
 def test_routing_is_mapped_for_each_channel(shown, nano):

@@ -90,6 +90,13 @@ function writeTable() {
     table("How likely each token was, and its rank among all of the vocabulary", ["Place", "Token", "Channel", "Probability", "Surprise (bits)", "Rank"], rows));
 }
 
+function fluency() { // of what the model may have written itself
+  const own = D.spans.filter(([label]) => ["assistant", "analysis", "commentary", "final"].includes(label));
+  const said = own.flatMap(([, , body, to]) => [...Array(to - body).keys()].map((i) => bits(surprise(body + i))));
+  const mean = said.reduce((sum, x) => sum + x, 0) / said.length;
+  return said.length ? `The assistant's ${said.length} tokens had ${mean.toFixed(2)} bits of surprise each.` : "";
+}
+
 const step = () => (chosen.side === "wrote" ? chosen.token - 1 : chosen.token);
 
 function sourcesOf(p, layer, head) {
@@ -263,9 +270,8 @@ function onKey(event) {
 async function open() {
   D = await unpack();
   writeTokens();
-  const steps = D.tokens.length - 1;
-  const mean = D.expected_came.reduce((sum, x) => sum + bits(x), 0) / Math.max(1, steps);
-  $("about").textContent = `${D.tokens.length} tokens, ${mean.toFixed(2)} bits of surprise each; ${D.layers} layers of ${D.heads} heads, ${D.experts} experts of which a token visits ${D.visits}.`;
+  const last = D.tokens.length - 1;
+  $("about").textContent = `${D.layers} layers of ${D.heads} heads, ${D.experts} experts of which a token visits ${D.visits}. ${fluency()}`;
   $("layer").max = D.layers - 1;
   for (const name of ["", ...new Set(D.label)]) $("channel").append(h("option", { value: name }, name || "all channels"));
   $("tokens").addEventListener("click", (event) => {
@@ -286,7 +292,7 @@ async function open() {
   $("all").addEventListener("toggle", writeTable, { once: true });
   drawMap();
   const answer = D.spans.findLast(([label]) => label === "final") ?? D.spans.at(-1);
-  choose({ token: Math.min(answer[2], steps), layer: D.layers - 1 });
+  choose({ token: Math.min(answer[2], last), layer: D.layers - 1 });
   D.ready = true; // from now on, what is chosen comes into view
   document.querySelector("main").setAttribute("aria-busy", "false");
 }
