@@ -349,6 +349,15 @@ def test_an_answer_ends_where_the_room_does():
         assert len(list(stream)) == length and stream.finish == "length"  # the last is never fed
 
 
+def test_one_sequence_may_have_less_than_the_room():
+    engine = Engine(Scripted(), max_tokens=40, longest=10)
+    assert len(list(engine.submit(Request(prompt=[1] * 7)))) == 4
+    with pytest.raises(ContextExceeded, match="more than the 10 there is room for"):
+        engine.submit(Request(prompt=[1] * 11))
+    with pytest.raises(ValueError, match="longest must be at least 1"):
+        Engine(Scripted(), longest=0)
+
+
 def test_errors_of_the_backend_end_the_requests_of_the_step_only():
     backend = Scripted(markov)
     engine = Engine(backend, rows=2)

@@ -50,6 +50,7 @@ class Engine:
         *,
         vocab_size: int | None = None,
         max_tokens: int | None = None,
+        longest: int | None = None,
         step_tokens: int = STEP_TOKENS,
         rows: int = ROWS,
         clock: Callable[[], float] = time.monotonic,
@@ -58,8 +59,9 @@ class Engine:
 
         Args:
             vocab_size: ids from here on are padding and never drawn (None: there is none).
-            max_tokens: room for all sequences and remembered prefixes together, and the most that
-                one may have (None: the model's context).
+            max_tokens: room for all sequences and remembered prefixes together (None: the model's
+                context).
+            longest: most tokens of one sequence (None: as many as there is room for).
             step_tokens: most new tokens in one forward pass.
             rows: most sequences that run together.
             clock: seconds, for timeouts.
@@ -74,14 +76,16 @@ class Engine:
         self.step_tokens = step_tokens
         if not 1 <= self.vocab_size <= config.vocab_size:
             raise ValueError(f"vocab_size must be in 1..{config.vocab_size}, not {vocab_size}")
+        most = min(self.max_tokens, config.context_length)
+        self.longest = most if longest is None else min(longest, most)
         for name, given in (
             ("max_tokens", self.max_tokens),
+            ("longest", self.longest),
             ("step_tokens", step_tokens),
             ("rows", rows),
         ):
             if given < 1:
                 raise ValueError(f"{name} must be at least 1, not {given}")
-        self.longest = min(self.max_tokens, config.context_length)
         self.scheduler = Scheduler(self._new_cache(), step_tokens=step_tokens, rows=rows)
         self.arrivals = count()
         self.deadlines: dict[Stream, float] = {}

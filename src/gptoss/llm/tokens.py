@@ -106,6 +106,7 @@ class TokenGenerator:
             ),
             vocab_size=sampled_size(self.tokenizer),
             max_tokens=self.plan.max_tokens * conversations,
+            longest=self.plan.max_tokens,
             step_tokens=self.plan.step_tokens,
         )
         opened.release()
