@@ -274,18 +274,28 @@ main()
 
 
 @pytest.mark.slow
-def test_the_document_is_true():
+@pytest.mark.parametrize(
+    "examples, cases, checks",
+    [
+        # what a document cannot say: that an id exists, that fields fit each other
+        (20, 150, ("--exclude-checks", "positive_data_acceptance")),
+        # of very many, some that it takes for wrong are right; no server error is
+        (700, 5000, ("--checks", "not_a_server_error")),
+    ],
+)
+def test_the_document_is_true(examples, cases, checks):
     """schemathesis asks what the OpenAPI document allows, and what it does not."""
     command = [
         *(sys.executable, "-m", "schemathesis.cli", "run"),
-        *("--seed", "1", "--max-examples", "20", "--request-timeout", "60"),
+        *("--seed", "1", "--max-examples", str(examples), "--request-timeout", "300"),
         *("--suppress-health-check", "filter_too_much"),  # few texts are a path
         *("--phases", "examples,fuzzing", "--generation-database", "none"),
-        # what a document cannot say: that an id exists, that fields fit each other
-        *("--exclude-checks", "positive_data_acceptance"),
+        *checks,
     ]
     with running(timeout=0.1) as server:
         ran = subprocess.run(
             [*command, f"{server.base}/openapi.json"], capture_output=True, text=True
         )
+        assert server.idle()
     assert ran.returncode == 0, ran.stdout[-8000:]
+    assert int(re.search(r"(\d+) generated", ran.stdout)[1]) >= cases
