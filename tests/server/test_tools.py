@@ -1,8 +1,6 @@
 """Tools that the server runs: a live server, real tools, and a model that says what it is told."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 
@@ -10,7 +8,7 @@ from gptoss import LLM
 from gptoss.tools import Toolbox, kit, mcp_server
 from tests.engine.scripted import Scripted
 from tests.server.conftest import ASKING, WEATHER, events, running, until
-from tests.tools.conftest import THINGS, needs_bwrap
+from tests.tools.conftest import THINGS, needs_bwrap, sandboxes
 
 SEARCH = '<|channel|>analysis to=browser.search code<|message|>{"query": "narwhal tusk"}<|call|>'
 CODE = "<|channel|>analysis<|message|>Let me see.<|end|><|start|>assistant" + (
@@ -182,6 +180,13 @@ def test_the_limit_of_tokens_is_of_all_rounds(up, script):
     )
     assert response.incomplete_details.reason == "max_output_tokens"
     assert response.usage.output_tokens <= 60 and len(script.texts) < 8
+    one = len(script.tokenizer.encode_with_specials(SEARCH))
+    script.say(SEARCH)
+    response = client(up).responses.create(
+        input="How long?", tools=[{"type": "web_search"}], max_output_tokens=one
+    )
+    assert response.status == "incomplete" and response.usage.output_tokens == one
+    assert [(i.type, i.status) for i in response.output] == [("web_search_call", "completed")]
 
 
 def test_what_ran_before_a_call_of_the_client_is_read_again_behind_its_result(up, script):
@@ -253,6 +258,8 @@ def test_events_of_calls_have_the_names_that_clients_know(up, script):
         ({"type": "mcp", "server_label": "nix"}, "gptoss serve --mcp NAME=COMMAND"),
         ({"type": "mcp", "server_label": "things", "server_url": "http://a/"}, "not followed"),
         ({"type": "mcp"}, "needs a server_label"),
+        ({"type": "mcp", "server_label": "things", "require_approval": "always"}, "say never"),
+        ({"type": "mcp", "server_label": "things", "allowed_tools": ["add"]}, "or none"),
     ],
 )
 def test_what_is_not_switched_on_is_refused(up, tool, told):
@@ -271,6 +278,19 @@ def test_names_and_numbers_that_cannot_be_are_refused(up):
     for more in ({"tools": [mine, {"type": "apply_patch"}]}, {"tools": BROWSER, "n": 2}):
         response = up.chat(QUESTION, **more)
         assert response.status_code == 400 and "param" in response.json()["error"]
+
+
+def test_a_call_that_is_followed_by_the_answer_is_not_run(up, script):
+    script.say(SEARCH.replace("<|call|>", "<|end|><|start|>assistant") + FINAL.format("Hm."))
+    api = client(up)
+    response = api.responses.create(input="?", tools=[{"type": "web_search"}])
+    assert [(i.type, i.status) for i in response.output] == [
+        ("web_search_call", "incomplete"),
+        ("message", "completed"),
+    ]
+    script.say(SEARCH.replace("<|call|>", "<|end|><|start|>assistant") + FINAL.format("Hm."))
+    [choice] = up.chat(QUESTION, tools=BROWSER).json()["choices"]
+    assert choice["finish_reason"] == "stop" and choice["message"]["content"] == "Hm."
 
 
 def test_tools_that_nobody_asked_for_are_not_told_of(up, script):
@@ -328,16 +348,3 @@ def test_who_hangs_up_ends_the_code_too(with_python, path):
         until(sandboxes)
     until(lambda: not sandboxes())
     assert up.idle()
-
-
-def sandboxes():
-    """Processes of bubblewrap below this one."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            name, rest = stat.read_text().split("(", 1)[1].rsplit(")", 1)
-        except OSError:
-            continue
-        if name == "bwrap" and int(rest.split()[1]) == os.getpid() and rest.split()[0] != "Z":
-            found.append(stat)
-    return found

@@ -1,5 +1,6 @@
 """Tools as a conversation has them, started for real."""
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -18,6 +19,19 @@ needs_bwrap = pytest.mark.skipif(
 def call(recipient, text, channel=None):
     channel = channel or ("commentary" if recipient.startswith("functions.") else "analysis")
     return Message(role="assistant", channel=channel, recipient=recipient, content=text)
+
+
+def sandboxes():
+    """Processes of bubblewrap below this one."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, rest = stat.read_text().split("(", 1)[1].rsplit(")", 1)
+        except OSError:
+            continue
+        if name == "bwrap" and int(rest.split()[1]) == os.getpid() and rest.split()[0] != "Z":
+            found.append(stat)
+    return found
 
 
 class Talk:

@@ -11,8 +11,7 @@ from gptoss.errors import ToolUnavailable
 from gptoss.tools.python import MOST_TEXT, Python
 from gptoss.tools.sandbox import Limits, Sandbox
 from tests.server.conftest import until
-from tests.server.test_tools import sandboxes
-from tests.tools.conftest import call, needs_bwrap
+from tests.tools.conftest import call, needs_bwrap, sandboxes
 
 pytestmark = needs_bwrap
 BRIEF = Limits(seconds=1.0)

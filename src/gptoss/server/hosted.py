@@ -71,8 +71,23 @@ def hosted(tools: Sequence[HostedTool], served: Served) -> list[str]:
                 f"it runs {_listed(there)}",
                 "tools",
             )
+        if (unmet := _unmet(tool)) is not None:
+            raise refused(f"tools: {unmet}", "tools")
         names.append(tool.tool)
     return list(dict.fromkeys(names))
+
+
+def _unmet(tool: HostedTool) -> str | None:
+    """What is asked of it beyond what there is; what could not change anything is ignored."""
+    asked = tool.model_extra or {}
+    if asked.get("require_approval") not in (None, "never"):
+        return "require_approval: calls are run as they come; say never, or leave the tool out"
+    if asked.get("allowed_tools") is not None:
+        return "allowed_tools: all tools of an MCP server are offered, or none"
+    container = asked.get("container") or {"type": "auto"}
+    if not isinstance(container, dict) or container.get("file_ids"):
+        return "container: there is a new one for each request, {'type': 'auto'}, without files"
+    return None
 
 
 def _listed(names: Any) -> str:

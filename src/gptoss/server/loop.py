@@ -97,8 +97,7 @@ class Loop:
                 said = self._turn.messages()
                 call = self._rounds.next(said) if ended.reason == "tool_calls" else None
                 if call is None:
-                    calling = said and self._session.owner(said[-1].recipient)
-                    yield Ended(0, "length") if calling else ended
+                    yield self._ending(ended, said)
                     return
                 yield await self._run(call, self._count + len(said) - 1)
                 if (early := await self._again(said)) is not None:
@@ -120,9 +119,12 @@ class Loop:
         """Up to now, of all rounds."""
         return _sum(self._spent, self._turn.usage)
 
-    def messages(self, row: int = 0) -> list[Message]:
-        """All that was said, by the model and by tools."""
-        return [*self._said, *self._turn.messages(row)]
+    def _ending(self, ended: Ended, said: Sequence[Message]) -> Ended:
+        """As the client is told: "tool_calls" only if there are some for the client."""
+        owners = [self._session.owner(m.recipient) for m in said if m.recipient]
+        if ended.reason != "tool_calls" or None in owners:
+            return ended
+        return Ended(ended.row, "length" if said[-1].recipient else "stop")
 
     def _told(self, event: Piece | Closed) -> Said:
         """The event with the count of all rounds; calls that are run here are told apart."""
@@ -152,9 +154,8 @@ class Loop:
 
     async def _again(self, said: Sequence[Message]) -> Ended | None:
         """Begin the next round; or how the answer ends, if there can be none."""
-        self._spent, self._count = self.usage, self._count + len(said)
-        settings = self._ask.settings
-        left = None if settings.max_tokens is None else settings.max_tokens - self._spent.completion
+        spent, settings = self.usage, self._ask.settings
+        left = None if settings.max_tokens is None else settings.max_tokens - spent.completion
         if left is not None and left <= 0:
             return Ended(0, "length")
         ask = replace(
@@ -168,7 +169,7 @@ class Loop:
                 return Ended(0, "deadline")
             timeout = None if self._end is None else self._time_left()
             try:
-                self._turn = await begin(replace(self._served, timeout=timeout), ask)
+                turn = await begin(replace(self._served, timeout=timeout), ask)
             except ApiError as error:
                 if error.code == "context_length_exceeded":
                     return Ended(0, "length")
@@ -176,8 +177,9 @@ class Loop:
                     raise
                 await asyncio.sleep(PAUSE)
                 continue
+            self._turn, self._spent, self._count = turn, spent, self._count + len(said)
             if self._cancelled:
-                self._turn.cancel()
+                turn.cancel()
             return None
         raise unavailable()
 

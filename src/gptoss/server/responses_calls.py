@@ -25,7 +25,8 @@ class Hosted:
 
     owner: str
     recipient: str
-    at: int  # which item of the output
+    index: int  # which message of the turn it is
+    at: int  # and which item of the output
     container: str
     id: str = ""
     text: list[str] = field(default_factory=list)

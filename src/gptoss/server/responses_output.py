@@ -21,7 +21,7 @@ from gptoss.server.loop import Said as Event
 from gptoss.server.responses_calls import Hosted
 from gptoss.server.responses_items import function_call, new_id, output_text, reasoning
 from gptoss.server.speech import logprobs_of
-from gptoss.server.turn import Closed, Piece
+from gptoss.server.turn import Closed, Ended, Piece
 from gptoss.text.parser import Repair
 from gptoss.text.tokenizer import Tokenizer
 from gptoss.text.tools import PATH
@@ -89,6 +89,8 @@ class Output:
 
     def take(self, event: Event) -> Iterator[Said]:
         """What the turn says next."""
+        if self._hosted is not None and self._is_other(event):
+            yield from self._end_hosted(None)  # a call that nobody ran
         match event:
             case Piece():
                 told = logprobs_of(event.drawn, self._tokenizer) if self._logprobs else []
@@ -129,7 +131,8 @@ class Output:
     def _take_hosted(self, event: Calling | Called | Ran) -> Iterator[Said]:
         call = event.recipient if isinstance(event, Calling) else _recipient(event)
         if self._hosted is None:
-            self._hosted = Hosted(event.owner, call, len(self._done), self._container)
+            at = len(self._done)
+            self._hosted = Hosted(event.owner, call, event.index, at, self._container)
         match event:
             case Calling(text=text):
                 yield from self._hosted.grow(text)
@@ -139,6 +142,11 @@ class Output:
                 yield from self._hosted.complete()
             case Ran(result=result):
                 yield from self._end_hosted(result)
+
+    def _is_other(self, event: Event) -> bool:
+        """Whether it is of another message than the call."""
+        assert self._hosted is not None
+        return not isinstance(event, Ended) and event.index != self._hosted.index
 
     def _end_hosted(self, result: Result | None) -> Iterator[Said]:
         hosted, self._hosted = self._hosted, None

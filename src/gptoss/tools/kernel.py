@@ -1,8 +1,9 @@
 """What runs inside the sandbox: an interpreter that keeps its names from one call to the next.
 
 Its source is handed to whatever Python is in there, which knows nothing of this package. A line on
-stdin is a call, {"code": ..., "mark": ...}; all that is printed goes to stdout, and the mark ends
-it. Whatever the code does to this process, it does to itself: the other side believes nothing.
+stdin is a call, {"code": ..., "mark": ...}; all that is printed goes to stdout, behind a "!" at the
+very start, and the mark ends it. Whatever the code does to this process, it does to itself: the
+other side believes nothing.
 """
 
 import ast
@@ -84,6 +85,7 @@ def main() -> None:
     sys.path.insert(0, "")  # modules that the code wrote
     names: dict[str, Any] = {"__name__": "__main__", "__builtins__": __builtins__}
     me = os.getpid()
+    os.write(told, b"!")  # here I am
     for count, line in enumerate(calls, 1):
         call = json.loads(line)
         with suppress(Late):  # it may come while an error is being told

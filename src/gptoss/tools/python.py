@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from gptoss.tools.call import Offer, ToolError, shortened
-from gptoss.tools.sandbox import Limits, Sandbox, memory_of, started
+from gptoss.tools.sandbox import PROBE, Limits, Sandbox, memory_of, started
 
 MOST_TEXT = 10_000  # characters of an answer: the model's context is not for logs
 MOST_CODE = 1 << 20  # characters of a call
@@ -82,13 +82,7 @@ class Interpreter:
         process, self._process = self._process, None
         self._unread.clear()
         if process is not None:
-            # bubblewrap's end is the end of all inside; before it has seen to that, what it has
-            # started is in its group.
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            assert process.stdin is not None
-            process.stdin.close()
-            await process.communicate()  # reads to the end: the pipes are closed then
+            await end(process)
 
     async def _run(self, code: str) -> tuple[bytes, str | None]:
         """What it printed; and if it must be ended, why."""
@@ -99,8 +93,6 @@ class Interpreter:
         watching = asyncio.ensure_future(_watch(process, limits.memory))
         try:
             process.stdin.write(json.dumps({"code": code, "mark": mark}).encode() + b"\n")
-            with suppress(ConnectionError):  # it has ended: reading tells
-                await process.stdin.drain()
             late = limits.seconds + GRACE
             await asyncio.wait({reading, watching}, timeout=late, return_when="FIRST_COMPLETED")
             if reading.done():
@@ -145,11 +137,30 @@ async def start(sandbox: Sandbox) -> Process:
     with started(sandbox) as (command, more):
         words = [*command, "-c", KERNEL.read_text(encoding="utf-8"), *map(str, numbers)]
         try:
-            return await asyncio.create_subprocess_exec(
+            process = await asyncio.create_subprocess_exec(
                 *words, stdin=PIPE, stdout=PIPE, stderr=asyncio.subprocess.DEVNULL, **more
             )
         except OSError as error:
             raise ToolError(f"no interpreter could be started: {error.strerror}") from None
+    # Before bubblewrap has set all up, its end is not the end of what is inside.
+    assert process.stdout is not None
+    reading = asyncio.ensure_future(process.stdout.read(1))
+    await asyncio.wait({reading}, timeout=PROBE)
+    if not reading.done() or reading.result() != b"!":
+        reading.cancel()
+        await asyncio.wait({reading})
+        await end(process)
+        raise ToolError("no interpreter could be started")
+    return process
+
+
+async def end(process: Process) -> None:
+    """Kill it, and all that is inside."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    assert process.stdin is not None
+    process.stdin.close()
+    await process.communicate()  # reads to the end: the pipes are closed then
 
 
 async def _watch(process: Process, most: int) -> None:
