@@ -1,8 +1,8 @@
 // Attention of some queries of one key head: the inner loops. Included once per instruction set.
 //
 // Every score and every output is one chain of fused multiply-adds in the order of d and of the
-// keys; in bfloat16, of pairs of them, the odd one of a pair first. So its bits depend on the query, its past and nothing else: neither on the tile nor on
-// where the chain is held meanwhile.
+// keys; in bfloat16, of pairs of them, the odd one of a pair first. So its bits depend on the
+// query, its past and nothing else: neither on the tile nor on where the chain is held meanwhile.
 
 namespace attention {
 
@@ -142,18 +142,17 @@ static inline void multiply_block(const typename Kind<T>::Factor* a, const Vecto
             for (int n = 0; n < N; n++) sum[m][n] = K::add(x, row[n], sum[m][n]);
         }
     };
-    i64 k = 0, whole = count;
-    if constexpr (mixing && K::deep == 2) {
+    constexpr bool halves = mixing && K::deep == 2;
+    i64 k = 0;
+    if constexpr (halves)
         if (b.first_half) add_step(k++, [](const T* p) { return half_of(p, true); });
-        whole -= b.last_half;
-    }
-    for (; k < whole; k++) {
+    for (const i64 whole = count - (halves && b.last_half); k < whole; k++) {
         // Into the second cache: the first is full of what is being read.
         if constexpr (sizeof(T) < 4)
             for (int n = 0; n < N; n += sizeof(T) == 1 ? 4 : 1) __builtin_prefetch(b.ahead + (k * N + n) * 16 * K::deep, 0, 2);
         add_step(k, [](const T* p) { return K::read(p); });
     }
-    if constexpr (mixing && K::deep == 2)
+    if constexpr (halves)
         if (b.last_half) add_step(k, [](const T* p) { return half_of(p, false); });
     for (int m = 0; m < M; m++)
         for (int n = 0; n < N; n++) store(c + m * c_row + 16 * n, sum[m][n]);

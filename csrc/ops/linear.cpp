@@ -199,28 +199,22 @@ void experts(const float* x, i64 T, const ExpertWeights& w, const std::int32_t* 
             place[std::size_t(v)] = std::int32_t(here);
         }
     }
-    struct Item { std::int32_t e; std::int32_t row; };
-    auto items_of = [&](i64 rows_each, i64 step) {
+    struct Item { i64 e, row, rows, first, tokens; };  // of an expert: rows, and visits from the first on
+    auto items_of = [&](i64 rows_each, const Weight& m) {
         std::vector<Item> items;
-        for (i64 e = 0; e < w.E; e++)
-            if (starts[std::size_t(e + 1)] > starts[std::size_t(e)])
-                for (i64 row = 0; row < rows_each; row += step) items.push_back({std::int32_t(e), std::int32_t(row)});
+        for (i64 e = 0; e < w.E; e++) {
+            const i64 first = starts[std::size_t(e)], n = starts[std::size_t(e + 1)] - first;
+            const i64 step = n <= FEW ? LONG_ROWS : m.planes ? TILE_ROWS : SPLIT_ROWS;  // even: a gate and its up stay together
+            for (i64 row = 0; n && row < rows_each; row += step) items.push_back({e, row, std::min(step, rows_each - row), first, n});
+        }
         return items;
-    };
-
-    i64 most = 0;  // tokens of the expert that has most
-    for (i64 e = 0; e < w.E; e++) most = std::max(most, starts[std::size_t(e + 1)] - starts[std::size_t(e)]);
-    auto step_of = [&](const Weight& m) {  // even: a gate and its up stay together
-        return most <= FEW ? LONG_ROWS : m.planes ? TILE_ROWS : SPLIT_ROWS;
     };
 
     for_first.from(x, T, D, w.mlp1.planes);
     float* act = hidden.get(visits * F);  // [visits, F]
-    i64 step = step_of(w.mlp1);
-    auto items = items_of(2 * F, step);
+    auto items = items_of(2 * F, w.mlp1);
     pool().run(i64(items.size()), [&](i64 i, int) {
-        const i64 e = items[std::size_t(i)].e, row = items[std::size_t(i)].row, rows = std::min(step, 2 * F - row);
-        const i64 first = starts[std::size_t(e)], n = starts[std::size_t(e + 1)] - first;
+        const auto [e, row, rows, first, n] = items[std::size_t(i)];
         float* both = bench.results.get(n * rows);  // [n, rows]
         product(w.mlp1, e * 2 * F + row, rows, for_first, token.data() + first, n, both, rows,
                 w.bias1 + e * 2 * F + row);
@@ -230,11 +224,9 @@ void experts(const float* x, i64 T, const ExpertWeights& w, const std::int32_t* 
 
     for_second.from(act, visits, F, w.mlp2.planes);
     float* answers = each.get(visits * D);  // [visits, D]
-    step = step_of(w.mlp2);
-    items = items_of(D, step);
+    items = items_of(D, w.mlp2);
     pool().run(i64(items.size()), [&](i64 i, int) {
-        const i64 e = items[std::size_t(i)].e, row = items[std::size_t(i)].row, rows = std::min(step, D - row);
-        const i64 first = starts[std::size_t(e)], n = starts[std::size_t(e + 1)] - first;
+        const auto [e, row, rows, first, n] = items[std::size_t(i)];
         product(w.mlp2, e * D + row, rows, for_second, same.data() + first, n, answers + first * D + row, D,
                 w.bias2 + e * D + row);
     }, visits * F * D);
