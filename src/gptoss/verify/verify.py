@@ -123,9 +123,11 @@ class Judge:
         self.read: Read = candidate.read
         precisions = [c.precision for c in (candidate, against) if c is not None]
         self.precision: Precision = max(precisions, key=_coarseness)
+        self.slack = SLACK * len(precisions)
         self.starts = np.cumsum([0, *map(len, rows)])
         self.tokens = np.concatenate(rows)
-        self.true = self.rounded = np.empty(0)  # what comes in at the next layer: [T, D], [S, D]
+        # What comes in at the next layer: [T, D] of the judge, [S, D] rounding and exact.
+        self.true = self.rounded = self.exact = np.empty(0)
         few = np.searchsorted(self.starts, SAMPLE // self.config.hidden_size, side="right") - 1
         self.sampled = self.starts[: max(2, int(few) + 1)]  # the first texts
         self.alive = np.ones(len(self.tokens), bool)  # tokens that are routed alike so far
@@ -134,7 +136,7 @@ class Judge:
     def embedding(self, own: NDArray | None) -> None:
         """Before the first layer."""
         self.true = dense(self.read, "embedding.weight")[self.tokens].astype(np.float64)
-        self.rounded = self._sample()
+        self.rounded, self.exact = self._sample(), self.true[: self.sampled[-1]]
         if own is not None:
             self._compare(
                 "propagated", {"embedding": own}, {"embedding": self.true}, {"embedding": EPS}
@@ -145,7 +147,7 @@ class Judge:
         experts = layer_experts(self.read, layer)
         block = load_block(self.read, layer, experts, np.float64)
         true = self._true(layer, block, own)
-        alone, along = self._noise(layer, experts, true)
+        alone, along = self._noise(layer, experts, block, true)
         if self.isolated:
             ours = self.candidate.layer(layer, self.true, self.starts)
             same = rerouted(true, layer, ours[f"block.{layer}.mlp.chosen"], block, self.config)
@@ -172,19 +174,25 @@ class Judge:
         return (2.0**-8 if self.precision.results else 8 * EPS) * np.abs(scores).max(axis=-1)
 
     def _noise(
-        self, layer: int, experts: dict[str, Any], true: Points
-    ) -> tuple[dict[str, float], dict[str, float]]:
+        self, layer: int, experts: dict[str, Any], block: Block, true: Points
+    ) -> list[dict[str, float]]:
         """The rounding reference's relative error at each point, isolated and propagated."""
         S, p = int(self.sampled[-1]), self.precision
-        block = load_block(self.read, layer, experts, np.float32, p)
-        x = np.concatenate([self._sample(), self.rounded])
+        narrow = load_block(self.read, layer, experts, np.float32, p)
         starts = np.concatenate([self.sampled, S + self.sampled[1:]])
         chosen = np.concatenate([true[f"block.{layer}.mlp.chosen"][:S]] * 2).astype(np.intp)
-        both = run_layer(block, layer, x, starts, self.config, RoundedOps(p, chosen), p)
-        self.rounded = both[f"block.{layer}"][S:]
-        halves = ({n: v[:S] for n, v in both.items()}, {n: v[S:] for n, v in both.items()})
-        alone, along = ({n: _worst(v, true[n]) for n, v in half.items()} for half in halves)
-        return alone, along
+        x = np.concatenate([self._sample(), self.rounded])
+        ours = run_layer(narrow, layer, x, starts, self.config, RoundedOps(p, chosen), p)
+        self.rounded = ours[f"block.{layer}"][S:]
+        if self.against is None:
+            exact = {name: np.concatenate([v[:S], v[:S]]) for name, v in true.items()}
+        else:  # the judge rounds too
+            ops, x = SteeredOps(chosen, np.ones(2 * S, bool)), self.true[:S].astype(np.float64)
+            x = np.concatenate([x, self.exact])
+            exact = run_layer(block, layer, x, starts, self.config, ops)
+            self.exact = exact[f"block.{layer}"][S:]
+        halves = slice(0, S), slice(S, 2 * S)
+        return [{n: _worst(v[half], exact[n][half]) for n, v in ours.items()} for half in halves]
 
     def _sample(self) -> NDArray:
         """What a rounding reference sees of the right input."""
@@ -281,7 +289,7 @@ class Judge:
                 text=text,
                 token=worst - int(self.starts[text]),
                 error=float(errors[worst]),
-                allowed=SLACK * max(noise[point], EPS),
+                allowed=self.slack * max(noise[point], EPS),
             )
         )
 
