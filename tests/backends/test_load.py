@@ -125,7 +125,7 @@ def test_precision_and_threads_reach_the_native_room(native, tiny, weights):
         ("torch", {"threads": 2}, "threads"),
         ("torch", {"resident": 2}, "keeps within a given memory"),
         ("mlx", {"threads": 2}, "threads"),
-        ("mlx", {"kv": "float32"}, "keeps keys and values in its dtype"),
+        ("mlx", {"kv": "float32"}, "in its dtype or int8, not in float32"),
         ("mlx", {"precision": "finest"}, "of mlx one of exact, fast, small"),
         ("native", {"precision": "small"}, "of native one of exact, fast"),
         ("tpu", {}, "one of reference, native, torch"),

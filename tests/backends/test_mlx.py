@@ -22,8 +22,8 @@ from tests.conftest import TINY
 WIDE = replace(TINY, hidden_size=128, head_dim=32, intermediate_size=64, sliding_window=128)
 
 
-def loaded(config, weights, dtype="float32", precision="exact"):
-    return MlxBackend(config, weights.__getitem__, dtype, precision=precision)
+def loaded(config, weights, dtype="float32", **how):
+    return MlxBackend(config, weights.__getitem__, dtype, **how)
 
 
 def logits_of(backend, tokens, steps=None):
@@ -133,7 +133,7 @@ def test_sliding_layers_stay_bounded_and_full_ones_grow():
     for step in range(150):
         backend.forward(Batch.of([[1]], [1000 + step], [slot], []), memory)
     sliding, full = memory.strips[slot][0], memory.strips[slot][1]
-    assert sliding.k.shape[2] <= 15 + 2 * cache.SPARE and full.k.shape[2] >= full.held == 1150
+    assert sliding.capacity <= 15 + 2 * cache.SPARE and full.capacity >= full.held == 1150
     assert memory.nbytes < 2 * (1150 * 1.25 + 600) * 2 * 2 * TINY.head_dim * 4
 
 
@@ -155,10 +155,35 @@ def test_what_one_row_writes_the_row_forked_from_it_never_sees(length):
 
 
 def test_a_rewind_keeps_the_buffer_unless_most_of_it_is_unused():
-    strip = cache.Strip(mx.zeros((1, 2, 0, 16)), mx.zeros((1, 2, 0, 16)), None)
-    strip.extend(mx.ones((1, 2, 400, 16)), mx.ones((1, 2, 400, 16)))
-    assert strip.head(399).k is strip.k  # rejected guesses cost nothing
-    assert strip.head(20).k.shape[2] == 20
+    strip = cache.Strip([mx.zeros((1, 2, 0, 16))], None)
+    strip.extend([mx.ones((1, 2, 400, 16))])
+    assert strip.head(399).parts is strip.parts  # rejected guesses cost nothing
+    assert strip.head(20).capacity == 20
+
+
+@pytest.mark.parametrize("head_dim", [32, 64])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_keys_and_values_in_8_bits_take_little_and_change_little(dtype, head_dim):
+    config = replace(WIDE, head_dim=head_dim, sliding_window=16)
+    weights = random_weights(config, scale=0.1)
+    held, answers = {}, {}
+    for kv in (None, "int8"):
+        backend = loaded(config, weights, dtype, kv=kv)
+        memory = backend.new_cache(max_tokens=1000)
+        slot = memory.open()
+        batch = Batch.of([text(500)], [0], [slot], range(500))
+        whole = backend.to_numpy(backend.forward(batch, memory))
+        memory.truncate(slot, 495)  # then, in another row, as if nothing had followed
+        child = memory.fork(slot, 490)
+        backend.forward(Batch.of([text(500)[490:493]], [490], [child]), memory)
+        last = Batch.of([text(500)[493:494]], [493], [child])
+        np.testing.assert_allclose(
+            backend.to_numpy(backend.forward(last, memory))[0], whole[493], atol=0.1
+        )
+        held[kv], answers[kv] = memory.nbytes, whole
+    middle = [distance(a, b) for a, b in zip(answers["int8"], answers[None], strict=True)]
+    assert 1e-5 < np.median(middle) < 0.1
+    assert held["int8"] < held[None] * (0.7 if dtype == "bfloat16" else 0.4)
 
 
 # Where it runs
@@ -190,6 +215,8 @@ def test_an_absent_gpu_is_said():
         ({"dtype": "float64"}, "computes in float32, bfloat16, not float64"),
         ({"device": "cuda"}, "runs on cpu or gpu, not 'cuda'"),
         ({"precision": "finest"}, "one of exact, fast, small"),
+        ({"kv": "float32"}, "in its dtype or in int8, not in float32"),
+        ({"kv": "int8"}, "multiple of 32, not 16"),
     ],
 )
 def test_what_it_cannot_do_is_refused(wrong, said):

@@ -42,8 +42,8 @@ def load_backend(
             mlx, how the dense matrices are kept: "exact" (default) as published, "fast" in 8,
             "small" in 4 bits.
         threads: native only; None: as many as the machine has cores.
-        kv: native only: how keys and values are kept, one of ``CACHES``; None: bfloat16 with fast,
-            float32 with exact precision.
+        kv: of native, how keys and values are kept, one of ``CACHES``; None: bfloat16 with fast,
+            float32 with exact precision. Of mlx "int8", or None: in its dtype.
         resident: native only: most bytes of packed experts in memory; None: no limit.
 
     Raises:
@@ -85,7 +85,7 @@ def load_backend(
                 from gptoss.backends.mlx import MlxBackend
             except ImportError as error:
                 raise _without_mlx(error) from None
-            return MlxBackend(config, read, dtype or "bfloat16", device, precision or "exact")
+            return MlxBackend(config, read, dtype or "bfloat16", device, precision or "exact", kv)
         case _:
             raise AssertionError("unreachable")
 
@@ -118,7 +118,9 @@ def check_options(
         raise ValueError(
             f"threads are the native backend's to choose; the {name} backend takes none"
         )
-    if name != "native" and kv is not None:
+    if name == "mlx" and kv not in (None, "int8"):
+        raise ValueError(f"the mlx backend keeps keys and values in its dtype or int8, not in {kv}")
+    if name not in ("native", "mlx") and kv is not None:
         raise ValueError(f"the {name} backend keeps keys and values in its dtype, not in {kv}")
     if name != "native" and memory is not None:
         raise ValueError(

@@ -15,7 +15,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gptoss.backends.protocol import Batch
-from gptoss.llm.needs import AFFINE, BYTES, PACKED, counts, kept, key_width, matrix_width
+from gptoss.llm.needs import (
+    AFFINE,
+    BYTES,
+    PACKED,
+    counts,
+    kept,
+    key_width,
+    matrix_width,
+    mlx_key_width,
+)
 from gptoss.model.config import ModelConfig
 
 
@@ -75,11 +84,12 @@ def widths(
         from gptoss.backends.reference.backend import SMALL  # the room is opened only when asked
 
         stored = width if counts(config)[1] * width <= SMALL else stored
-    matrix: float = width
+    matrix, cache = float(width), float(width)
     if backend == "mlx":
+        cache = mlx_key_width(config, width, kv)
         matrix, stored = AFFINE.get(precision or "", width), stored if packed else 4
     return Widths(
-        matrix=matrix, gate=width, expert=stored, vector=width, embedding=width, cache=width
+        matrix=matrix, gate=width, expert=stored, vector=width, embedding=width, cache=cache
     )
 
 

@@ -37,7 +37,7 @@ Threads = Annotated[
 ]
 Kv = Annotated[
     Literal["bfloat16", "float32", "int8"] | None,
-    Option(help="native: how keys and values are kept", default="bfloat16, exact: float32"),
+    Option(help="how keys and values are kept; mlx: int8", default="bfloat16, exact: float32"),
 ]
 Memory = Annotated[
     str | None,

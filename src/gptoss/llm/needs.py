@@ -65,7 +65,7 @@ def estimate(
         case "reference":
             needs = _reference(config, BYTES[numbers], max_tokens, packed)
         case "mlx":
-            needs = _mlx(config, BYTES[numbers], precision or "exact", max_tokens, packed)
+            needs = _mlx(config, BYTES[numbers], precision or "exact", max_tokens, packed, kv)
         case _:
             needs = _torch(config, BYTES[numbers], max_tokens, packed)
     return replace(needs, cache=needs.cache * conversations)
@@ -106,6 +106,12 @@ def key_width(config: ModelConfig, kv: str) -> float:
     return 1 + 4 / config.head_dim if kv == "int8" else BYTES[kv]
 
 
+def mlx_key_width(config: ModelConfig, width: int, kv: str | None) -> float:
+    """Bytes of one number of a key or a value in mlx, whose dtype takes ``width``; in int8 with its
+    shares of a scale and an offset."""
+    return 1 + 2 * width / min(64, config.head_dim) if kv == "int8" else width
+
+
 def _native(
     c: ModelConfig, precision: str, max_tokens: int, packed: bool, step: int, kv: str
 ) -> Needs:
@@ -134,7 +140,9 @@ def _matrices(c: ModelConfig) -> int:
     return c.vocab_size * c.hidden_size + c.num_hidden_layers * layer
 
 
-def _mlx(c: ModelConfig, width: int, precision: str, max_tokens: int, packed: bool) -> Needs:
+def _mlx(
+    c: ModelConfig, width: int, precision: str, max_tokens: int, packed: bool, kv: str | None
+) -> Needs:
     """Packed experts as stored, others in float32 (as on a CPU), the rest cast or rounded."""
     dense, experts = counts(c)
     rounded = _matrices(c) if precision in AFFINE else 0
@@ -143,7 +151,7 @@ def _mlx(c: ModelConfig, width: int, precision: str, max_tokens: int, packed: bo
     weights = (dense - rounded) * width + rounded * AFFINE.get(precision, width)
     return Needs(
         weights=round(weights + experts * (PACKED if packed else BYTES["float32"])),
-        cache=_cached(c, max_tokens, step) * width,
+        cache=round(_cached(c, max_tokens, step) * mlx_key_width(c, width, kv)),
         working=4 * step * a_token + MLX_SCORES + 32 * c.vocab_size,
     )
 

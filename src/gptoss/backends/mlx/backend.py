@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptoss.backends.mlx.cache import MlxCache, MlxView
-from gptoss.backends.mlx.ops import AffineArray, MlxOps, PackedArray, on_cpu, rotations
+from gptoss.backends.mlx.ops import GROUP, AffineArray, MlxOps, PackedArray, on_cpu, rotations
 from gptoss.backends.protocol import Batch, Cache, Sampling
 from gptoss.backends.sampling import sample_rows
 from gptoss.checkpoint.pieces import forget
@@ -42,11 +42,20 @@ class MlxBackend:
         dtype: str = "bfloat16",
         device: str = "cpu",
         precision: str = "exact",
+        kv: str | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"mlx computes in {', '.join(DTYPES)}, not {dtype}")
         if precision not in BITS:
             raise ValueError(f"precision of mlx is one of {', '.join(BITS)}, not {precision!r}")
+        if kv not in (None, "int8"):
+            raise ValueError(f"mlx keeps keys and values in its dtype or in int8, not in {kv}")
+        if kv == "int8" and config.head_dim % BLOCK:
+            raise ValueError(
+                f"int8 keys and values need heads of a multiple of {BLOCK}, not {config.head_dim}"
+            )
+        group = GROUP if config.head_dim % GROUP == 0 else BLOCK
+        self.group = group if kv == "int8" else None
         self.config, self.dtype, self.bits = config, DTYPES[dtype], BITS[precision]
         self.device, self.ops = open_device(device), MlxOps()
         with mx.stream(self.device):
@@ -54,7 +63,8 @@ class MlxBackend:
 
     def new_cache(self, *, max_tokens: int) -> MlxCache:
         """See ``Backend.new_cache``."""
-        return MlxCache(self.config, max_tokens, self.dtype)
+        with mx.stream(self.device):
+            return MlxCache(self.config, max_tokens, self.dtype, self.group)
 
     def forward(self, batch: Batch, cache: Cache, trace: model.Trace | None = None) -> mx.array:
         """See ``Backend.forward``. A trace sees float32: NumPy cannot take bfloat16 from MLX."""

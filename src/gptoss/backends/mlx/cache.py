@@ -24,25 +24,45 @@ class MlxCache(Slots):
 
     A full layer holds the whole row. A sliding layer holds the window and what may be rewound into:
     ``SPARE`` tokens at least, twice that at most, however long the row is.
+
+    Args:
+        dtype: of keys and values as they come and go.
+        group: numbers that share a scale where they are kept in 8 bits; None: they are kept as is.
     """
 
-    def __init__(self, config: ModelConfig, max_tokens: int, dtype: mx.Dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, max_tokens: int, dtype: mx.Dtype, group: int | None = None
+    ) -> None:
         super().__init__(max_tokens)
-        self.config, self.dtype = config, dtype
-        self.empty = mx.zeros((1, config.num_key_value_heads, 0, config.head_dim), dtype)
+        self.config, self.dtype, self.group = config, dtype, group
+        token = mx.zeros((1, config.num_key_value_heads, 1, config.head_dim), dtype)
+        self.empty = [x[:, :, :0] for x in self.pack(token, token)]
         mx.eval(self.empty)
         self.strips: dict[int, list[Strip]] = {}  # by slot, then by layer
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values now allocated."""
-        return sum(2 * strip.k.nbytes for strips in self.strips.values() for strip in strips)
+        return sum(x.nbytes for strips in self.strips.values() for s in strips for x in s.parts)
+
+    def pack(self, k: mx.array, v: mx.array) -> list[mx.array]:
+        """Keys and values [1, K, t, d] as they are kept: arrays of [1, K, t, ...]."""
+        if self.group is None:
+            return [k, v]
+        return [*mx.quantize(k, self.group, 8), *mx.quantize(v, self.group, 8)]
+
+    def unpack(self, parts: list[mx.array]) -> tuple[mx.array, mx.array]:
+        """Keys and values again."""
+        if self.group is None:
+            return parts[0], parts[1]
+        (kw, ks, kb), (vw, vs, vb), group = parts[:3], parts[3:], self.group
+        return mx.dequantize(kw, ks, kb, group, 8), mx.dequantize(vw, vs, vb, group, 8)
 
     def open(self) -> int:
         """See ``Cache.open``."""
         slot = super().open()
         windows = map(self.config.window, range(self.config.num_hidden_layers))
-        self.strips[slot] = [Strip(self.empty, self.empty, window) for window in windows]
+        self.strips[slot] = [Strip(self.empty, window) for window in windows]
         return slot
 
     def truncate(self, slot: int, length: int) -> None:
@@ -85,9 +105,9 @@ class Strip:
     """
 
     def __init__(
-        self, k: mx.array, v: mx.array, window: int | None, first: int = 0, length: int = 0
+        self, parts: list[mx.array], window: int | None, first: int = 0, length: int = 0
     ) -> None:
-        self.k, self.v, self.window = k, v, window  # [1, K, capacity, d]
+        self.parts, self.window = parts, window  # see MlxCache.pack; [1, K, capacity, ...]
         self.first, self.length = first, length
 
     @property
@@ -95,25 +115,32 @@ class Strip:
         """Positions held."""
         return self.length - self.first
 
-    def extend(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-        """Append k, v [1, K, t, d] -> all that the new queries may see."""
-        held, total = self.held, self.held + k.shape[2]
-        self.length += k.shape[2]
+    @property
+    def capacity(self) -> int:
+        """Positions there is room for."""
+        return int(self.parts[0].shape[2])
+
+    def extend(self, new: list[mx.array]) -> list[mx.array]:
+        """Append the parts of t tokens -> those of all that the new queries may see."""
+        t, held = new[0].shape[2], self.held
+        total = held + t
+        self.length += t
         if self.window is not None and total > self.window - 1 + 2 * SPARE:
-            keys = mx.concatenate([self.k[:, :, :held], k], axis=2)
-            values = mx.concatenate([self.v[:, :, :held], v], axis=2)
+            old = [x[:, :, :held] for x in self.parts]
+            both = [mx.concatenate([a, b], axis=2) for a, b in zip(old, new, strict=True)]
             keep = self.window - 1 + SPARE
             self.first = self.length - keep
-            self.k, self.v = mx.contiguous(keys[:, :, -keep:]), mx.contiguous(values[:, :, -keep:])
-            return keys, values
-        if total > self.k.shape[2]:
-            room = max(total, self.k.shape[2] * 5 // 4) + SPARE
+            self.parts = [mx.contiguous(x[:, :, -keep:]) for x in both]
+            return both
+        if total > self.capacity:
+            room = max(total, self.capacity * 5 // 4) + SPARE
             if self.window is not None:
                 room = min(room, self.window - 1 + 2 * SPARE)
             pad = [(0, 0), (0, 0), (0, room - held), (0, 0)]
-            self.k, self.v = (mx.pad(x[:, :, :held], pad) for x in (self.k, self.v))
-        self.k[:, :, held:total], self.v[:, :, held:total] = k, v
-        return self.k[:, :, :total], self.v[:, :, :total]
+            self.parts = [mx.pad(x[:, :, :held], pad) for x in self.parts]
+        for x, y in zip(self.parts, new, strict=True):
+            x[:, :, held:total] = y
+        return [x[:, :, :total] for x in self.parts]
 
     def head(self, length: int, *, shared: bool = False) -> "Strip":
         """The strip as it was when the row had ``length`` tokens; ``shared``: and goes on itself.
@@ -121,14 +148,14 @@ class Strip:
         A buffer that is mostly unused is given back; else two rows share it until one writes.
         """
         length = min(length, self.length)
-        k, v, held = self.k, self.v, length - min(self.first, length)
-        if unused := 2 * (held + SPARE) < k.shape[2]:
-            k, v = (mx.contiguous(x[:, :, :held]) for x in (k, v))
+        parts, held = self.parts, length - min(self.first, length)
+        if unused := 2 * (held + SPARE) < self.capacity:
+            parts = [mx.contiguous(x[:, :, :held]) for x in parts]
         elif shared:
-            k, v = (x[:, :, :held] for x in (k, v))
+            parts = [x[:, :, :held] for x in parts]
         if unused or shared:
-            mx.eval(k, v)  # another thread may write next
-        return Strip(k, v, self.window, length - held, length)
+            mx.eval(parts)  # another thread may write next
+        return Strip(parts, self.window, length - held, length)
 
 
 class MlxView:
@@ -153,14 +180,14 @@ class MlxView:
         for r, slot in enumerate(self.slots):
             new, strip = slice(self.starts[r], self.starts[r + 1]), self.cache.strips[slot][layer]
             assert strip.length == self.past[r], f"slot {slot} holds {strip.length} tokens"
-            keys, values = strip.extend(k[:, :, new], v[:, :, new])
-            outs += attend_past(q[:, :, new], keys, values, sinks, window)
+            seen = strip.extend(self.cache.pack(k[:, :, new], v[:, :, new]))
+            outs += attend_past(q[:, :, new], *self.cache.unpack(seen), sinks, window)
         return mx.concatenate(outs, axis=2)[0].swapaxes(0, 1)
 
     @property
     def arrays(self) -> list[mx.array]:
         """All that this step has written to."""
-        return [x for slot in self.slots for s in self.cache.strips[slot] for x in (s.k, s.v)]
+        return [x for slot in self.slots for s in self.cache.strips[slot] for x in s.parts]
 
 
 def attend_past(
