@@ -62,7 +62,8 @@ def precision_of(
     if backend != "native":
         narrow = (dtype or ("float32" if backend == "reference" else "bfloat16")) == "bfloat16"
         name = "bfloat16" if narrow else "float32"
-        return Precision(name=name, results=narrow, dense=MLX.get(precision or "exact"))
+        dense = MLX.get(precision or "exact")
+        return Precision(name=name, results=narrow, dense=dense, kv=kv or "float32")
     wide = not is_narrow(config)
     if precision == "exact" or not wide:
         return Precision(name="exact", experts=16 if wide else None, kv=kv or "float32")
