@@ -42,7 +42,7 @@ class Talk:
         self.session = box.open(list(box.kits))
 
     def result(self, recipient, text):
-        return self.session.run(call(recipient, text), 60).result(120)
+        return self.session.run(call(recipient, text), 800).result()
 
     def __call__(self, recipient, text):
         result = self.result(recipient, text)

@@ -47,7 +47,7 @@ def test_files_stay_in_a_conversation_and_go_with_it(talk):
     assert first("python", write) == "(5, '/mnt/data')\n"
     assert first("python", "import tempfile; tempfile.TemporaryFile().write(b'x')") == "1\n"
     other = first.box.open(["python"])
-    listed = other.run(call("python", "import os; os.listdir('/mnt/data')"), 60).result()
+    listed = other.run(call("python", "import os; os.listdir('/mnt/data')"), 800).result()
     assert "a.py" not in listed.text
 
 
@@ -166,7 +166,7 @@ def test_what_a_conversation_started_ends_with_it(talk):
 
 def test_a_call_that_is_cancelled_ends_the_code(talk):
     conversation = talk(Python(Sandbox()))
-    running = conversation.session.run(call("python", "while True: pass"), 60)
+    running = conversation.session.run(call("python", "while True: pass"), 800)
     until(sandboxes)
     running.cancel()
     until(lambda: not sandboxes())

@@ -95,6 +95,8 @@ class Interpreter:
             process.stdin.write(json.dumps({"code": code, "mark": mark}).encode() + b"\n")
             late = limits.seconds + GRACE
             await asyncio.wait({reading, watching}, timeout=late, return_when="FIRST_COMPLETED")
+            if not watching.done():  # after a pause of this process, time and answer are both due
+                await asyncio.wait({reading}, timeout=WATCH)
             if reading.done():
                 return reading.result()
             taken = bytes(self._unread)
