@@ -184,13 +184,15 @@ def test_bad_data_cost_nothing(toy, data, tmp_path):
         ({"model": "nowhere"}, CheckpointError, "nowhere: no such file"),
         ({"reading": Reading(tokens=100)}, TrainingError, "line 1: .* more than the 100"),
         ({"reading": Reading(train_on="tool")}, TrainingError, "no message is of tool"),
+        ({"config": replace(CONFIG, device="cuda:99")}, BackendUnavailable, "sees . CUDA devices"),
+        ({"config": replace(CONFIG, device="abacus")}, ValueError, "not 'abacus'"),
     ],
 )
 def test_what_cannot_be_trained_is_one_sentence(toy, data, whole, tmp_path, change, error, said):
     path = tmp_path / "run" if change else whole
-    arguments = {"model": toy, "data": [data], "reading": READING, **change}
+    how = {"reading": READING, "config": replace(CONFIG, lr=0.5)}
     with pytest.raises(error, match=said):
-        sft(**arguments, path=path, config=replace(CONFIG, lr=0.5))
+        sft(**{"model": toy, "data": [data], **how, **change}, path=path)
 
 
 def test_a_run_is_no_model_until_it_is_exported(whole, data, tmp_path):

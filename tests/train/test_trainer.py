@@ -4,6 +4,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import io  # noqa: E402
 import json  # noqa: E402
 import random  # noqa: E402
 import signal  # noqa: E402
@@ -14,6 +15,7 @@ from dataclasses import replace  # noqa: E402
 
 from gptoss.checkpoint import staged  # noqa: E402
 from gptoss.errors import CheckpointError, TrainingError  # noqa: E402
+from gptoss.train import folder  # noqa: E402
 from gptoss.train.batch import collate  # noqa: E402
 from gptoss.train.loss import cross_entropy  # noqa: E402
 from tests.train.runs import CONFIG, documents, draw, losses, train, trainer  # noqa: E402
@@ -122,6 +124,17 @@ def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stays(whole, tmp_pa
     monkeypatch.undo()
     assert [p.name for p in (tmp_path / "states").iterdir()] == ["00000003"]
     assert losses(train(tmp_path)[0]) == losses(whole[1])
+
+
+def test_what_the_system_says_of_a_failed_write_is_heard():
+    class Full(io.BytesIO):
+        def write(self, data):
+            if self.tell() + len(data) > 10_000:
+                raise OSError(28, "No space left on device")
+            return super().write(data)
+
+    with pytest.raises(OSError, match="No space left on device"):
+        folder.write({"a": torch.zeros(100_000)}, Full())
 
 
 def test_a_checkpoint_that_cannot_be_read_is_named(whole, tmp_path):

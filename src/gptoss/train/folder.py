@@ -14,7 +14,7 @@ import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -66,16 +66,15 @@ class Folder:
 
     def latest(self) -> Path | None:
         """The newest checkpoint."""
-        steps = [p for p in self.states.iterdir() if p.name.isdigit()]
-        return max(steps, key=lambda p: int(p.name), default=None)
+        return newest(self.path)
 
     def load(self) -> dict[str, Any] | None:
         """What the newest checkpoint holds; lines of later steps are removed from the metrics."""
-        newest = self.latest()
-        if newest is None:
+        latest = self.latest()
+        if latest is None:
             self._forget(0)
             return None
-        state = read_state(newest)
+        state = read_state(latest)
         self._forget(state["step"])
         return state
 
@@ -88,7 +87,7 @@ class Folder:
             staged(target, _nbytes(state)) as partial,
             (partial / "state.pt").open("wb") as file,
         ):
-            torch.save(state, file)
+            write(state, file)
             file.flush()
             os.fsync(file.fileno())
 
@@ -116,6 +115,31 @@ class Folder:
     def _forget(self, step: int) -> None:
         rows = [row for row in self.rows() if row["step"] <= step]
         _replace(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def newest(path: Path | str) -> Path | None:
+    """The newest checkpoint of the run in a directory."""
+    states = Path(path) / "states"
+    steps = [p for p in states.iterdir() if p.name.isdigit()] if states.is_dir() else []
+    return max(steps, key=lambda p: int(p.name), default=None)
+
+
+def restore(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Put trained parameters back where they were."""
+    mine = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            mine[name].copy_(tensor)
+
+
+def write(state: dict[str, Any], file: IO[bytes]) -> None:
+    """``torch.save``, which hides what the system said about a write that failed."""
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -53,7 +53,8 @@ def cross_entropy(
         The batch's share of the step's loss, and its share of the metrics.
     """
     routing = Routing()
-    surprise = -(score(model, batch, config, routing) * batch.weights).sum()
+    scored = score(model, batch, config, routing)
+    surprise = -(scored * batch.weights.to(scored.device)).sum()
     found = {"cross_entropy": surprise.item(), "tokens": float(len(batch.tokens))}
     found |= {name: value * batch.share for name, value in routing.statistics().items()}
     if config.balance:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from gptoss.backends.torch.backend import open_device
 from gptoss.backends.torch.modules import Transformer
 from gptoss.checkpoint.files import read_json
 from gptoss.checkpoint.open import Checkpoint, open_checkpoint
@@ -26,7 +27,7 @@ from gptoss.train.batch import Document
 from gptoss.train.config import Reading, TrainConfig, Tuning
 from gptoss.train.conversation import documents
 from gptoss.train.corpus import Corpus
-from gptoss.train.folder import read_state
+from gptoss.train.folder import newest, read_state, restore
 from gptoss.train.lint import lint
 from gptoss.train.lora import adapt
 from gptoss.train.loss import cross_entropy
@@ -170,6 +171,7 @@ def _checkpoint(asked: dict[str, Any]) -> Checkpoint:
 
 def build(asked: dict[str, Any], device: str) -> Transformer:
     """The model that a run begins with, and in it what is trained."""
+    open_device(device)
     if asked["recipe"] == "pretrain":
         return Transformer(numbers_of(asked)).to(device)
     tuning = Tuning(**{one.name: asked[one.name] for one in fields(Tuning)})
@@ -185,16 +187,11 @@ def build(asked: dict[str, Any], device: str) -> Transformer:
 
 def load_run(path: Path | str, device: str = "cpu") -> tuple[Transformer, dict[str, Any]]:
     """The model of a run as its newest checkpoint has it, and what the run was begun with."""
-    states = Path(path) / "states"
-    steps = [p for p in states.iterdir() if p.name.isdigit()] if states.is_dir() else []
-    if not steps:
+    latest = newest(path)
+    if latest is None:
         raise TrainingError(f"{path}: there is no run with a checkpoint here")
     asked = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
     model = build(asked, device)
-    state = read_state(max(steps, key=lambda p: int(p.name)))
-    mine = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in state["model"].items():
-            if not name.startswith("value."):  # PPO's value head is no part of the model
-                mine[name].copy_(tensor)
+    tensors = read_state(latest)["model"]
+    restore(model, {n: t for n, t in tensors.items() if not n.startswith("value.")})  # PPO's head
     return model, asked

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from gptoss.errors import CheckpointError, GptOssError, TrainingError
 from gptoss.train.config import TrainConfig, rate
-from gptoss.train.folder import Folder
+from gptoss.train.folder import Folder, restore
 from gptoss.train.optimize import optimizers
 from gptoss.train.show import Board, curves
 
@@ -178,14 +178,11 @@ class Trainer(Generic[B]):
         self._drawn = time.monotonic()
 
     def _restore(self, state: dict[str, Any]) -> None:
-        mine = dict(self.model.named_parameters())
         if missing := set(trained(self.model)) ^ set(state["model"]):
             raise TrainingError(
                 f"{self.folder.path}: its checkpoint and this model differ in {min(missing)}"
             )
-        with torch.no_grad():
-            for name, tensor in state["model"].items():
-                mine[name].copy_(tensor)
+        restore(self.model, state["model"])
         for optimizer, its in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(its)
         self.step, self.position, self.tokens = state["step"], state["position"], state["tokens"]
