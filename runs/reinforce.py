@@ -29,7 +29,7 @@ from gptoss.train.reward import Rewards
 from gptoss.train.rollout import Prompt, Sampler, prompt
 from runs.nano import tasks
 
-ROLLOUTS = Rollouts(prompts=8, group=16, max_tokens=128)
+ROLLOUTS = Rollouts(prompts=8, group=8, max_tokens=128)
 
 
 def problem(rng: random.Random, *, exam: bool) -> tuple[str, str, str]:
@@ -94,16 +94,16 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--recipes", nargs="+", default=["grpo", "ppo"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--count", type=int, default=200, help="held-out problems")
+    parser.add_argument("--count", type=int, default=50, help="held-out problems")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     spoil = TrainConfig(steps=40, lr=1e-3, warmup=5, threads=args.threads)
     model = start(args.out, spoil)
     rng = random.Random(1)
-    data = write(args.out / "prompts.jsonl", [asked(rng, exam=False) for _ in range(20000)])
+    data = write(args.out / "prompts.jsonl", [asked(rng, exam=False) for _ in range(2000)])
     rows = []
     for recipe in args.recipes:
         for seed in args.seeds:

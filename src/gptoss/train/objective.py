@@ -24,7 +24,7 @@ class Rollouts:
     truncated: float = said(0.0, "reward of an answer that was cut off; no function is asked", -1e9)
     skip_truncated: bool = said(False, "learn nothing from answers that were cut off")
     gap: float | None = said(
-        None, "most nats a token by which sampler and trainer may differ (1e-4; bfloat16: 0.05)"
+        None, "most nats a token by which sampler and trainer may differ (1e-4; bfloat16: 0.05)", 0
     )
 
     def __post_init__(self) -> None:
@@ -61,7 +61,7 @@ class Ppo:
     value: float = said(0.1, "weight of the value head's loss")
     value_clip: float = said(0.2, "farthest a value may move in one round")
     kl: float = said(0.0, "reward lost per nat of divergence from the first model")
-    kl_target: float | None = said(None, "nats per answer that the weight is steered to")
+    kl_target: float | None = said(None, "nats per answer that the weight is steered to", 0)
 
     def __post_init__(self) -> None:
         check(self)
