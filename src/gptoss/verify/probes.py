@@ -222,8 +222,8 @@ class Diagnosis:
 
     @property
     def suspects(self) -> list[str]:
-        """The bugs that fit better than being right does, the best first."""
-        return [] if RIGHT in self.fits else self.fits
+        """The bugs that explain it, and better than being right does, the best first."""
+        return [] if RIGHT in self.fits or not self.explained else self.fits
 
     @property
     def explained(self) -> bool:
@@ -281,12 +281,14 @@ def diagnose(
     If a bug fits better than none, every other is tried beside it: engines may have two.
 
     Raises:
-        GptOssError: the patient answers nothing, or as the patient raises.
+        GptOssError: the patient answers nothing or in other tokens, or as the patient raises.
     """
     seen = [Seen(prompt, patient(prompt)) for prompt in prompts]
     told = [[*step.top.values()] for row in seen for step in row.steps]
     if not told:
         raise GptOssError("not one probe was answered with log-probabilities")
+    if any(not 0 <= t < config.vocab_size for row in seen for step in row.steps for t in step.top):
+        raise GptOssError("the patient knows other tokens: it must run the same checkpoint")
     theirs = table(told)
     ours = {RIGHT: answers(config, read, seen)}
     for i, name in enumerate(BUGS):
@@ -294,9 +296,9 @@ def diagnose(
         if watch is not None:
             watch(i + 1, len(BUGS))
     found = judge(theirs, ours)
-    if not found.suspects:
+    if RIGHT in found.fits:
         return found
-    first = BUGS[found.suspects[0]]
+    first = BUGS[found.fits[0]]
     for other in BUGS.values():
         if (other.module, other.right) == (first.module, first.right):
             continue
