@@ -80,6 +80,8 @@ class AffineArray:
 
     def multiply(self, x: mx.array) -> mx.array:
         """[T, columns] -> [T, rows]."""
+        if not x.shape[0]:  # of which MLX's kernel dies
+            return mx.zeros((0, self.words.shape[0]), x.dtype)
         out = mx.quantized_matmul(
             x.astype(self.scales.dtype),
             self.words,
