@@ -162,8 +162,7 @@ def test_a_rewind_keeps_the_buffer_unless_most_of_it_is_unused():
     assert strip.head(20).capacity == 20
 
 
-@pytest.mark.parametrize("head_dim", [32, 64])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype, head_dim", [("float32", 32), ("bfloat16", 64)])
 def test_keys_and_values_in_8_bits_take_little_and_change_little(dtype, head_dim):
     config = replace(WIDE, head_dim=head_dim, sliding_window=16)
     weights = random_weights(config, scale=0.1)
