@@ -4,11 +4,7 @@ import re
 import pytest
 
 from gptoss.errors import BackendUnavailable
-
-ANSWER = (
-    "<|channel|>analysis<|message|>Two and two.<|end|>"
-    "<|start|>assistant<|channel|>final<|message|>Four, é.<|return|>"
-)
+from tests.llm.toy import toy_tokenizer
 
 
 def tokens_of(page):
@@ -29,18 +25,21 @@ def test_a_text_is_looked_at_as_it_is(gptoss_, toy, tmp_path):
     assert (status, out) == (0, f"{page}\n") and tokens_of(page) == 8
 
 
-def test_a_conversation_that_has_its_answer_is_not_answered_again(gptoss_, toy, tmp_path):
+def test_a_conversation_that_has_its_answer_is_looked_at_thoughts_included(gptoss_, toy, tmp_path):
     page, file = tmp_path / "a.html", tmp_path / "turns.json"
     turns = [
         {"role": "user", "content": "2+2?"},
         {"role": "assistant", "channel": "analysis", "content": "Two and two."},
         {"role": "assistant", "content": "Four."},
     ]
-    file.write_text(json.dumps(turns))
-    status, out, _ = gptoss_("look", toy, "--conversation", file, "-q", "-o", page)
-    assert (status, out) == (0, f"{page}\n")
-    said = "<|start|>user<|message|>2+2?<|end|><|start|>assistant<|channel|>analysis<|message|>"
-    assert tokens_of(page) > len(said) // 2
+    counts = []
+    for some in (turns, turns[:1] + turns[2:]):
+        file.write_text(json.dumps(some))
+        status, out, _ = gptoss_("look", toy, "--conversation", file, "-q", "-o", page)
+        assert (status, out) == (0, f"{page}\n")
+        counts.append(tokens_of(page))
+    thought = "<|start|>assistant<|channel|>analysis<|message|>Two and two.<|end|>"
+    assert counts[0] - counts[1] == len(toy_tokenizer().encode_with_specials(thought))
 
 
 def test_a_conversation_that_waits_is_answered(gptoss_, toy, tmp_path):
@@ -98,11 +97,10 @@ def test_a_conversation_that_is_none_is_said_before_loading(gptoss_, tmp_path, c
 
 
 def test_what_cannot_be_written_is_said_before_loading(gptoss_, toy, tmp_path, monkeypatch):
-    status, _, err = gptoss_("look", "hi", toy, "-o", tmp_path / "none" / "a.html")
-    assert status == 1 and err == (
-        f"gptoss: {tmp_path / 'none'}: no such directory; the page would be "
-        f"{tmp_path / 'none' / 'a.html'}\n"
-    )
+    for out in (tmp_path / "none" / "a.html", tmp_path):
+        status, _, err = gptoss_("look", "hi", toy, "-o", out)
+        assert status == 1 and err.startswith(f"gptoss: {out}: cannot be written;")
+        assert len(err.splitlines()) == 1
 
     def missing():
         raise BackendUnavailable("plots need matplotlib")

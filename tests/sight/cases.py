@@ -22,7 +22,8 @@ def wide(tokens, config=None, seed=0):
     def sources():
         share = rng.dirichlet(np.full(16, 0.3), (T, H)).astype(np.float32)
         weight = -np.sort(-share[..., 1:], axis=-1)[..., :SOURCES]
-        kept = weight >= threshold(weight, WEIGHTS // L)
+        kept = weight >= threshold(weight[..., 1:], max(0, WEIGHTS // L - T * H))
+        kept[..., 0] = True
         where = rng.integers(0, np.arange(1, T + 1)[:, None, None], weight.shape)
         return Sources(share[..., 0], weight * kept, where)
 

@@ -49,8 +49,8 @@ def run(
     if conversation is not None and prompt is not None:  # the one word is then the model's
         model, prompt = prompt, None
     turns = asked(prompt, conversation, text, effort)
-    if not path.parent.is_dir():
-        raise GptOssError(f"{path.parent}: no such directory; the page would be {path}")
+    if path.is_dir() or not path.parent.is_dir():
+        raise GptOssError(f"{path}: cannot be written; --out names a file in a directory there is")
     if png is not None:
         from gptoss.sight.plots import need_matplotlib
 
@@ -74,19 +74,20 @@ def asked(
     prompt: str | None, conversation: str | None, text: bool, effort: Effort
 ) -> list[Message] | None:
     """The messages to look at, None for a text."""
-    from gptoss.llm.llm import conversation as whole
+    from gptoss.text.harmony import with_defaults
 
     if conversation is None:
         if not prompt:
             raise WrongCommandLine("there is nothing to look at: give PROMPT or --conversation")
-        return None if text else whole(typed(prompt, "PROMPT"), effort=effort)
+        question = {"role": "user", "content": typed(prompt, "PROMPT")}
+        return None if text else with_defaults([question], effort=effort)
     if text:
         raise WrongCommandLine("--text reads PROMPT, not a --conversation")
     try:
         found = json.loads(decoded(Path(conversation).read_bytes(), conversation))
         if not isinstance(found, list) or not found:
             raise ValueError("expected a list of messages")
-        return whole(found, effort=effort)
+        return with_defaults(found, effort=effort)
     except (ValueError, RecursionError) as error:
         raise GptOssError(f"{conversation}: {error}") from None
 
@@ -98,9 +99,9 @@ def read(llm: LLM, prompt: str | None, turns: list[Message] | None, how: Options
 
     if turns is None:
         return llm.tokenizer.encode_with_specials(typed(prompt or "", "PROMPT"))
-    if turns[-1].role == "assistant" and turns[-1].recipient is None:
+    if turns[-1].role == "assistant":
         return harmony.render_for_training(turns, llm.tokenizer, keep_analysis=True)
-    tokens = llm.prompt(turns)
+    tokens = llm.prompt(harmony.without_old_thoughts(turns))
     parser, screen = Parser(llm.tokenizer), Screen()
     for token in llm.tokens.generate(list(tokens), **how):
         tokens.append(token)

@@ -8,6 +8,8 @@ import numpy as np
 
 from gptoss.model.reference import NDArray, softmax
 
+LEAST = 1 / 255  # less, a byte cannot tell from nothing
+
 
 def attention_weights(q: NDArray, k: NDArray, sinks: NDArray, window: int | None) -> NDArray:
     """What each of a row's newest tokens gives to every token so far, and to the sink.
@@ -45,12 +47,8 @@ def strongest(weights: NDArray, count: int) -> tuple[NDArray, NDArray]:
 
 
 def threshold(weights: NDArray, most: int) -> float:
-    """The least weight worth keeping: of all these, at most ``most`` are as great.
-
-    What a byte cannot tell from nothing is never worth it.
-    """
-    floor = 1 / 255
+    """The least weight worth keeping: of all these, at most ``most`` are as great."""
     if most >= weights.size:
-        return floor
+        return LEAST
     next_best = float(np.partition(weights, weights.size - most - 1, axis=None)[-most - 1])
-    return max(floor, float(np.nextafter(np.float32(next_best), np.float32(1))))
+    return max(LEAST, float(np.nextafter(np.float32(next_best), np.float32(1))))

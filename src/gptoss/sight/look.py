@@ -1,8 +1,8 @@
 """One traced forward over a whole conversation, and what is kept of it.
 
 Everything is told by *step*: step p reads token p and expects token p + 1. Any backend that traces
-will do. Attention is kept as each head's share for the sink and its strongest sources; a long
-conversation in a large model has too many weights for a page, so the weak ones of each layer go.
+will do. Attention is kept as each head's share for the sink, its strongest source, and others as
+far as there is room: a long conversation in a large model has too many for a page.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,16 +11,17 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gptoss.backends.protocol import Backend, Batch
-from gptoss.errors import ContextExceeded, GptOssError
+from gptoss.engine.draw import check_finite
+from gptoss.errors import ContextExceeded
 from gptoss.model.config import ModelConfig
 from gptoss.model.reference import NDArray, unpack
 from gptoss.model.weights import Read
-from gptoss.sight.attention import attention_weights, strongest, threshold
+from gptoss.sight.attention import LEAST, attention_weights, strongest, threshold
 from gptoss.sight.lens import Lens, Reading, read_logits
 
 STEP = 128  # tokens traced together: bounds what a trace takes
 ALTERNATIVES, LENS, SOURCES = 10, 5, 8  # kept of each step, layer, head
-WEIGHTS = 640_000  # attention weights kept in all: of 24 layers x 64 heads x 500 tokens nearly one
+WEIGHTS = 840_000  # of attention, kept in all; 500 tokens x 24 layers x 64 heads are 768,000
 LONGEST = 1 << 16  # tokens; a source's place is kept in 16 bits
 Progress = Callable[[int, int], None]  # tokens done, tokens in all
 
@@ -78,8 +79,7 @@ def look(
         came = np.array([*tokens[past + 1 : past + 1 + len(chunk)], -1][: len(chunk)])
         batch = Batch.of([chunk], [past], [slot], range(len(chunk)))
         logits = backend.to_numpy(backend.forward(batch, cache, kept))
-        if np.isnan(logits).any():
-            raise GptOssError("the model answers with NaN; its weights are damaged")
+        check_finite(logits)
         kept.end_step(logits, came)
         if progress is not None:
             progress(past + len(chunk), len(tokens))
@@ -99,9 +99,10 @@ class _Layer:
     lens: list[Reading] = field(default_factory=list)
 
     def sources(self, most: int) -> Sources:
-        """The strongest of all, at most ``most``."""
+        """Each head's strongest, and of the others the strongest, if possible ``most`` in all."""
         weight, where = np.concatenate(self.weight), np.concatenate(self.where)
-        kept = weight >= threshold(weight, most)
+        kept = weight >= threshold(weight[..., 1:], max(0, most - weight[..., 0].size))
+        kept[..., 0] = weight[..., 0] >= LEAST
         return Sources(np.concatenate(self.sink), weight * kept, where * kept)
 
 

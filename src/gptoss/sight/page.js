@@ -186,7 +186,7 @@ function attention(p) {
       cell(bar(sink, "sink"), ` ${part(sink)}`), cell(...words), number(part(rest))));
   }
   const all = h("tr", { "aria-current": chosen.head < 0 ? "true" : null }, choice("head", -1, "all", "All heads"), cell(bar(sinks, "sink"), ` ${part(sinks)}`), cell("the mean"), number(""));
-  return table("Each head's share for the sink, its strongest sources, and what is spread thinner", ["Head", "Sink", "Sources", "Rest"], [all, ...rows]);
+  return table("Each head's share for the sink, its strongest sources, and what is not among them", ["Head", "Sink", "Sources", "Rest"], [all, ...rows]);
 }
 
 function experts(p) {
