@@ -26,7 +26,9 @@ def test_bfloat16_weights_take_what_they_take_on_disk(config, weights):
     taken = needs.estimate(config, "torch", "bfloat16", 16_384)
     assert taken.weights == pytest.approx(weights, rel=0.002)
     assert taken.working < 1.5 * GB
-    packed = needs.estimate(config, "native", "exact", 16_384).weights  # the dense ones without loss
+    packed = needs.estimate(
+        config, "native", "exact", 16_384
+    ).weights  # the dense ones without loss
     assert 0.5e9 < taken.weights - packed < 0.7e9
 
 
@@ -41,6 +43,43 @@ def test_sliding_layers_keep_their_window_only(config, cache):
 
 def test_20b_fits_a_machine_of_16_gb():
     assert needs.estimate(gpt_oss_20b(), "torch", "bfloat16", 16_384).total < 16 * GB
+
+
+def test_mlx_is_taken_on_a_mac_for_what_is_not_tiny(monkeypatch):
+    large = gpt_oss_20b()
+    monkeypatch.setattr(plan, "_apple", lambda: False)
+    assert plan.choose(large, "mlx", None)[:2] == ("mlx", "cpu")
+    monkeypatch.setattr(plan, "_apple", lambda: True)
+    assert plan.choose(large, "auto", None)[:2] == ("mlx", "gpu")
+    assert plan.choose(large, "mlx", None)[:2] == ("mlx", "gpu")
+    assert plan.choose(large, "auto", "gpu")[:2] == plan.choose(large, "mlx", "gpu")[:2]
+    assert plan.choose(large, "mlx", "cpu")[:2] == ("mlx", "cpu")
+    assert plan.choose(nano(), "auto", None)[0] != "mlx"
+    assert plan.choose(large, "auto", None, dtype="float64")[0] != "mlx"  # which it has not
+    assert plan.choose(large, "auto", None, native=True)[0] == "native"
+
+
+def test_what_mlx_holds_is_in_the_plan():
+    exact, fast, small = (
+        needs.estimate(gpt_oss_20b(), "mlx", "bfloat16", 16_384, precision=p)
+        for p in ("exact", "fast", "small")
+    )
+    assert exact.weights == pytest.approx(13.76 * GB, rel=0.002)
+    assert exact.weights - fast.weights == pytest.approx((2.43 - 1.37) * GB, rel=0.01)
+    assert exact.weights - small.weights == pytest.approx((2.43 - 0.76) * GB, rel=0.01)
+    narrow = needs.estimate(gpt_oss_20b(), "mlx", "bfloat16", 16_384, kv="int8")
+    assert narrow.cache == pytest.approx(exact.cache * 17 / 32)
+
+
+def test_mlx_computes_narrow_models_in_float32_and_says_its_precision():
+    opened = open_checkpoint(models.NANO)
+    made = plan.make_plan(opened, backend="mlx", precision="fast", kv="int8")
+    assert (made.dtype, made.precision, made.kv) == ("float32", "fast", "int8")
+    assert "mlx backend in float32, fast precision (dense matrices in 8 bits) on cpu" in str(made)
+    assert "tokens in int8" in str(made)
+    assert plan.make_plan(opened, backend="mlx", dtype="bfloat16").precision == "exact"
+    with pytest.raises(ValueError, match="mlx computes in float32 or bfloat16, not float64"):
+        plan.make_plan(opened, backend="mlx", dtype="float64")
 
 
 def test_packed_experts_are_a_quarter_of_bfloat16():
@@ -86,6 +125,7 @@ def machine(monkeypatch):
 
     def has(*, gpu=False, core=False, torch=True):
         monkeypatch.setattr(plan, "_gpu", lambda: gpu and torch)
+        monkeypatch.setattr(plan, "_apple", lambda: False)
         monkeypatch.setattr(plan, "has_native", lambda: core)
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: torch or None)
 
