@@ -131,7 +131,8 @@ class Judge:
         few = np.searchsorted(self.starts, SAMPLE // self.config.hidden_size, side="right") - 1
         self.sampled = self.starts[: max(2, int(few) + 1)]  # the first texts
         self.alive = np.ones(len(self.tokens), bool)  # tokens that are routed alike so far
-        self.routes: Points = {}  # of the whole model
+        # The whole model's choice in each layer, its scores, and how far those may be off.
+        self.routes: dict[str, tuple[NDArray, NDArray, NDArray]] = {}
 
     def embedding(self, own: NDArray | None) -> None:
         """Before the first layer."""
@@ -157,7 +158,10 @@ class Judge:
             apart = (np.sort(own[chosen]) != np.sort(true[chosen])).any(axis=-1)
             self._compare("propagated", own, true, along, apart)
             self._forget(apart)
-            self.routes[chosen] = own[chosen]
+            name = f"block.{layer}.mlp.gate"
+            scores = own[name]
+            near = self.slack * max(along[name], EPS) * np.abs(scores).max(axis=-1)
+            self.routes[chosen] = own[chosen], scores, near
         self.true = true[f"block.{layer}"]
 
     def _true(self, layer: int, block: Block, own: Points | None) -> Points:
@@ -242,7 +246,9 @@ class Judge:
         """
         self.alive[:] = True
         for name, chosen in routes.items():
-            self._forget((np.sort(chosen) != np.sort(self.routes[name])).any(axis=-1))
+            whole_chosen, scores, near = self.routes[name]
+            other = (np.sort(chosen) != np.sort(whole_chosen)).any(axis=-1)
+            self._forget(other & (regret(scores, chosen) <= 2.0 * near))
         last = len(own) // (len(self.starts) - 1)
         ends = np.concatenate([np.arange(stop - last, stop) for stop in self.starts[1:]])
         errors = np.zeros(len(self.tokens))
