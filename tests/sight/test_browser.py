@@ -231,12 +231,15 @@ def contrast(one, other):
 
 def test_a_20b_conversation_of_any_words_opens(browser, tmp_path):
     words = Tokenizer.o200k_harmony()
-    said = "<|start|>user<|message|></script><script>alert(1)</script> שלום \u202e 🏳️‍🌈<|end|>"
-    tokens = words.encode_with_specials(said) + list(range(128, 160)) + [94, 95] * 100
+    said = "<|start|>user<|message|></script><script>alert(1)</script>\nשלום \u202e 🏳️‍🌈<|end|>"
+    tokens = words.encode_with_specials(said) + list(range(128, 160))
     path = tmp_path / "wide.html"
     path.write_text(page(wide(tokens), words, "20b & <more>"), encoding="utf-8")
     browser.open(path)
     assert browser.complaints == [] and browser.asked == [path.as_uri()]
+    shown = browser.js("[...document.querySelectorAll('.token')].map(e => e.textContent).join('')")
+    assert "</script><script>alert(1)</script>↵\nשלום" in shown
+    assert browser.js("document.querySelectorAll('.token.bytes').length") > 5
     assert browser.js("document.title") == "20b & <more>"
     assert browser.js("document.querySelectorAll('.token').length") == len(tokens)
     assert browser.js("document.querySelectorAll('script').length") == 2
