@@ -15,7 +15,7 @@ from gptoss.backends.mlx import MlxBackend, cache, ops, rows
 from gptoss.backends.protocol import Batch
 from gptoss.errors import BackendUnavailable, CacheFull, CheckpointError
 from gptoss.model.mxfp4 import Packed, decode, encode
-from gptoss.model.reference import rope_tables
+from gptoss.model.reference import NumpyOps, rope_tables
 from gptoss.model.weights import random_weights
 from tests.conftest import TINY
 
@@ -69,6 +69,14 @@ def test_rotations_are_right_at_the_end_of_the_context():
     a, b = np.split(x.astype(np.float64), 2, axis=-1)
     exact = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
     np.testing.assert_allclose(np.array(ours), exact, atol=1e-6)
+
+
+def test_of_many_experts_the_best_come_first_and_of_equal_ones_the_lower():
+    scores = np.random.default_rng(0).integers(0, 9, (300, 32)).astype(np.float32)
+    chosen, share = ops.MlxOps().route(mx.array(scores), 4)
+    expected = NumpyOps().route(scores, 4)
+    np.testing.assert_array_equal(np.array(chosen), expected[0])
+    np.testing.assert_allclose(np.array(share), expected[1], rtol=1e-6)
 
 
 @pytest.mark.parametrize("experts", [1, 3])
@@ -147,10 +155,10 @@ def test_what_one_row_writes_the_row_forked_from_it_never_sees(length):
     child = memory.fork(parent, length)
     tails = [text(5, seed=1), text(5, seed=2)]
     both = backend.forward(Batch.of(tails, [200, length], [parent, child]), memory)
-    memory.close(parent)
-    last = backend.forward(Batch.of([[3]], [length + 5], [child]), memory)
+    last = backend.forward(Batch.of([[3], [4]], [205, length + 5], [parent, child]), memory)
     grown, forked = text(200) + tails[0], text(200)[:length] + tails[1]
-    alone = [logits_of(backend, row)[-1] for row in (grown, forked, [*forked, 3])]
+    rows = (grown, forked, [*grown, 3], [*forked, 4])
+    alone = [logits_of(backend, row)[-1] for row in rows]
     ours = np.concatenate([backend.to_numpy(both), backend.to_numpy(last)])
     np.testing.assert_allclose(ours, alone, atol=1e-3)
 
