@@ -6,25 +6,20 @@ python -m runs.nano.pack checkpoints/nano-run src/gptoss/assets/nano
 import sys
 from pathlib import Path
 
-import ml_dtypes
-import numpy as np
-import torch
-
+from gptoss.backends.torch.modules import Transformer
 from gptoss.checkpoint.save import save
 from gptoss.model.config import nano
-from gptoss.model.weights import Stored
+from gptoss.train.export import reader
+from gptoss.train.folder import newest, read_state, restore
 
 
 def pack(run: Path, target: Path) -> None:
-    """``run`` holds ``state.pt`` and ``tokenizer.json``; ``target`` must not exist yet."""
-    tensors = torch.load(run / "state.pt")["model"]
-
-    def read(name: str) -> Stored:
-        whole = tensors[name].numpy()
-        expert = name.endswith(("mlp1_weight", "mlp2_weight"))
-        return whole if expert else np.asarray(whole, dtype=ml_dtypes.bfloat16)
-
-    save(nano(), read, target, "huggingface", tokenizer_path=run / "tokenizer.json")
+    """``run`` is a run's directory; ``target`` must not exist yet."""
+    latest, model = newest(run), Transformer(nano())
+    if latest is None:
+        sys.exit(f"{run}: there is no checkpoint of a run here")
+    restore(model, read_state(latest)["model"])
+    save(nano(), reader(model), target, "huggingface", tokenizer_path=run / "tokenizer.json")
 
 
 if __name__ == "__main__":

@@ -2,29 +2,30 @@
 
     python -m runs.nano.train --out checkpoints/nano-run
 
-Matrices are trained by Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon/), everything
-else by AdamW. The loss is on the model's own turns only. ``state.pt`` in the output directory is
-replaced atomically every few hundred steps; the same command continues from it.
+Matrices are trained by Muon, everything else by AdamW, with the trainer of ``gptoss.train``; here
+is only what is the model's own: its data, its stages and its learning rate. The loss is on the
+model's own turns only. The same command continues where an earlier one was stopped.
 """
 
 import argparse
-import itertools
 import json
-import os
 import random
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from gptoss.backends.torch.modules import Transformer
 from gptoss.model.config import nano
 from gptoss.text import harmony
 from gptoss.text.tokenizer import Tokenizer
+from gptoss.train.batch import IGNORE, Batch, Document, collate
+from gptoss.train.config import TrainConfig
+from gptoss.train.loss import cross_entropy
+from gptoss.train.trainer import Trainer
 from runs.nano import tasks, vocabulary
 
 STAGES = (  # (until this step, shares of the tasks)
@@ -37,7 +38,7 @@ STAGES = (  # (until this step, shares of the tasks)
 )
 BARE = (1104, 1296)  # until the first step every conversation is bare, from the second three in ten
 RATE = ((0, 0.01), (100, 1), (2000, 1), (4000, 0.4), (4500, 0.30125), (7000, 0.25), (9000, 0.003))
-IGNORE = -100  # cross-entropy's label for "not learned from"
+POOL = 16  # steps whose conversations are drawn and sorted together
 
 
 def tokens_of(example: tasks.Example, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
@@ -56,105 +57,41 @@ def tokens_of(example: tasks.Example, tokenizer: Tokenizer) -> tuple[list[int], 
     return ids, said
 
 
-def batches(tokenizer: Tokenizer, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (tokens [b, n], labels [b, n]) of conversations of like length, padded on the right.
+def drawer(tokenizer: Tokenizer, size: int, seed: int) -> Callable[[Any], tuple[list[Batch], int]]:
+    """``draw`` of a run: at each step some conversations of like length; a position is a step.
 
     What is learned first is to look at the question: a few tasks at a time and short conversations.
     From the whole mixture at once the model had not begun to copy a digit after 750 steps; from
     sums alone it does after 150.
     """
-    rng = random.Random(seed)
-    for step in itertools.count(0, 16):
+
+    @lru_cache(maxsize=1)
+    def pool(number: int) -> list[list[Document]]:
+        """The conversations of sixteen steps."""
+        rng, step = random.Random(f"{seed} {number}"), POOL * number
         shares = next(shares for end, shares in STAGES if step < end)
         bare = max(0.3, min(1.0, (BARE[1] - step) / (BARE[1] - BARE[0])))
-        drawn = (
-            tasks.example(
-                rng,
-                task=rng.choices(list(shares), list(shares.values()))[0],
-                bare=rng.random() < bare,
-            )
-            for _ in range(size * 16)
-        )
-        pool = sorted((tokens_of(each, tokenizer) for each in drawn), key=lambda pair: len(pair[0]))
-        groups = [pool[i : i + size] for i in range(0, len(pool), size)]
+        drawn = []
+        for _ in range(size * POOL):
+            task = rng.choices(list(shares), list(shares.values()))[0]
+            example = tasks.example(rng, task=task, bare=rng.random() < bare)
+            drawn.append(document(*tokens_of(example, tokenizer), origin=task))
+        drawn.sort(key=lambda each: len(each.tokens))
+        groups = [drawn[i : i + size] for i in range(0, len(drawn), size)]
         rng.shuffle(groups)
-        for group in groups:
-            longest = max(len(ids) for ids, _ in group)
-            tokens = torch.zeros(len(group), longest, dtype=torch.long)
-            labels = torch.full((len(group), longest), IGNORE)
-            for row, (ids, said) in enumerate(group):
-                whole = torch.tensor(ids)
-                tokens[row, : len(ids)] = whole
-                learned = torch.where(torch.tensor(said).bool(), whole, IGNORE)
-                labels[row, : len(ids) - 1] = learned[1:]
-            yield tokens, labels
+        return groups
+
+    def draw(position: Any) -> tuple[list[Batch], int]:
+        step = position or 0
+        return collate([pool(step // POOL)[step % POOL]]), step + 1
+
+    return draw
 
 
-def loss_of(
-    model: Transformer, tokens: Tensor, labels: Tensor, balance: float
-) -> tuple[Tensor, Tensor]:
-    """(cross-entropy of the learned tokens, the same plus the load-balancing term).
-
-    Load balancing: Fedus et al. 2021, https://arxiv.org/abs/2101.03961, equation 4.
-    """
-    routed: dict[str, Tensor] = {}
-
-    def trace(name: str, x: Tensor) -> None:
-        if name.endswith((".gate", ".chosen")):
-            routed[name] = x
-
-    flat = labels.flatten()
-    wanted = (flat != IGNORE).nonzero().squeeze(1)
-    logits = model(tokens, wanted=wanted, trace=trace)
-    loss = F.cross_entropy(logits, flat[wanted])
-    uneven = torch.zeros(())
-    for name, scores in routed.items():
-        if name.endswith(".gate"):
-            experts = scores.shape[-1]
-            chosen = routed[name.removesuffix("gate") + "chosen"].flatten()
-            load = chosen.bincount(minlength=experts) / len(chosen)
-            uneven = uneven + experts * (load * scores.softmax(-1).mean(0)).sum()
-    return loss, loss + balance * uneven
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal by five Newton-Schulz steps; for (stacks of) matrices."""
-
-    def __init__(self, params: list[Tensor], lr: float, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        """One update of every matrix that has a gradient."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                buffer.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonal(p.grad.lerp(buffer, group["momentum"]))
-                gain = max(1.0, p.shape[-2] / p.shape[-1]) ** 0.5
-                p.mul_(1 - 0.01 * group["lr"]).add_(update, alpha=-group["lr"] * gain)
-
-
-def orthogonal(g: Tensor) -> Tensor:
-    """The nearest (semi-)orthogonal matrices to [..., rows, columns], roughly."""
-    x = g if g.shape[-2] <= g.shape[-1] else g.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(5):
-        a = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x if g.shape[-2] <= g.shape[-1] else x.mT
-
-
-def optimizers(model: Transformer, muon: float, adam: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for the rest."""
-    inside = {n for n, p in model.block.named_parameters() if p.dim() > 1 and "bias" not in n}
-    inside = {n for n in inside if "gate" not in n}
-    matrices = [p for n, p in model.block.named_parameters() if n in inside]
-    rest = [p for n, p in model.named_parameters() if n.removeprefix("block.") not in inside]
-    return [
-        Muon(matrices, lr=muon),
-        torch.optim.AdamW(rest, lr=adam, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+def document(ids: list[int], said: list[int], origin: str) -> Document:
+    """A conversation of which only what the model says is learned."""
+    targets = [token if s else IGNORE for token, s in zip(ids[1:], said[1:], strict=True)]
+    return Document(ids[:-1], targets, origin)
 
 
 def schedule(step: int) -> float:
@@ -177,12 +114,6 @@ def examine(model: Transformer, tokenizer: Tokenizer, n: int, seed: int = 7) -> 
     return {task: sum(r) / len(r) for task, r in right.items()}
 
 
-def save_state(path: Path, **state: object) -> None:
-    """Replace ``path`` in one go."""
-    torch.save(state, path.with_suffix(".new"))
-    os.replace(path.with_suffix(".new"), path)
-
-
 def main() -> None:
     """Train, or continue."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -195,47 +126,35 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--examine-every", type=int, default=250)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.use_deterministic_algorithms(True)
-    args.out.mkdir(parents=True, exist_ok=True)
-
+    config = TrainConfig(
+        steps=args.steps,
+        lr=args.adam,
+        muon=args.muon,
+        balance=0.04,
+        seed=args.seed,
+        threads=args.threads,
+        save_every=args.examine_every,
+    )
     tokenizer = vocabulary.build(seed=args.seed)
     tasks.KNOWN[:] = vocabulary.known(tokenizer)
+    args.out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(args.out / "tokenizer.json")
     torch.manual_seed(args.seed)
     model = Transformer(nano())
-    tools = optimizers(model, args.muon, args.adam)
-    first, state = 0, args.out / "state.pt"
-    if state.exists():
-        saved = torch.load(state)
-        first = saved["step"]
-        model.load_state_dict(saved["model"])
-        for tool, its in zip(tools, saved["optimizers"], strict=True):
-            tool.load_state_dict(its)
-    data = batches(tokenizer, args.batch, args.seed)
-    for _ in range(first):
-        next(data)
-    log, started, seen = (args.out / "log.jsonl").open("a"), time.perf_counter(), 0
-    for step in range(first, args.steps):
-        tokens, labels = next(data)
-        for tool, peak in zip(tools, (args.muon, args.adam), strict=True):
-            tool.param_groups[0]["lr"] = peak * schedule(step)
-            tool.zero_grad()
-        loss, total = loss_of(model, tokens, labels, balance=0.01)
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for tool in tools:
-            tool.step()
-        seen += tokens.numel()
-        if (step + 1) % 20 == 0:
-            row = {"step": step + 1, "loss": round(loss.item(), 4)}
-            row |= {"tokens_per_second": round(seen / (time.perf_counter() - started))}
-            print(json.dumps(row), file=log, flush=True)
-        if (step + 1) % args.examine_every == 0 or step + 1 == args.steps:
+
+    def watch(row: dict[str, Any]) -> None:
+        if row["step"] % args.examine_every == 0 or row["step"] == args.steps:
             marks = examine(model, tokenizer, 40)
-            print(json.dumps({"step": step + 1, "exact": marks}), file=log, flush=True)
-            states = [tool.state_dict() for tool in tools]
-            save_state(state, step=step + 1, model=model.state_dict(), optimizers=states)
+            with (args.out / "exact.jsonl").open("a") as log:
+                print(json.dumps({"step": row["step"], "exact": marks}), file=log)
+
+    asked = {"recipe": "nano", "batch": args.batch}
+    trainer: Trainer[Batch] = Trainer(
+        model, config, args.out, asked=asked, share=schedule, watch=watch
+    )
+    trainer.run(
+        drawer(tokenizer, args.batch, args.seed), lambda batch: cross_entropy(model, batch, config)
+    )
 
 
 if __name__ == "__main__":
