@@ -9,3 +9,11 @@ def no_pictures(monkeypatch):
     except ImportError:
         return
     monkeypatch.setattr(trainer, "curves", lambda rows, path: None)
+
+
+@pytest.fixture(scope="session")
+def parameters():
+    """Of a model that says yes or no."""
+    from tests.train.coin import state
+
+    return state()

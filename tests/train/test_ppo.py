@@ -1,0 +1,99 @@
+"""PPO: its numbers against plain loops, its first ratio, and that it learns and goes on."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from dataclasses import replace  # noqa: E402
+
+import numpy as np  # noqa: E402
+
+from gptoss.train.objective import Ppo  # noqa: E402
+from gptoss.train.policy import ValueHead  # noqa: E402
+from gptoss.train.ppo import Proximal, gae, steered, value_losses  # noqa: E402
+from gptoss.train.trainer import Trainer  # noqa: E402
+from tests.train.coin import CONFIG, ROLLOUTS, improved, play, told  # noqa: E402
+
+TWICE = replace(ROLLOUTS, minibatches=2, epochs=2)
+
+
+def recipe(**numbers):
+    return Proximal(Ppo(**numbers))
+
+
+def test_gae_is_the_sum_it_is_defined_as():
+    rng = np.random.default_rng(0)
+    rewards, values = rng.normal(size=9), rng.normal(size=9)
+    found = gae(torch.tensor(rewards), torch.tensor(values), 0.9, 0.8)
+    after = np.append(values, 0.0)
+    for t in range(9):
+        surprises = [rewards[s] + 0.9 * after[s + 1] - after[s] for s in range(t, 9)]
+        expected = sum((0.9 * 0.8) ** i * x for i, x in enumerate(surprises))
+        assert float(found[t]) == pytest.approx(expected)
+
+
+def test_gae_by_hand():
+    rewards, values = torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.5, 0.25, 0.75])
+    assert gae(rewards, values, 1.0, 1.0).tolist() == [0.5, 0.75, 0.25]
+    assert gae(rewards, values, 1.0, 0.0).tolist() == [-0.25, 0.5, 0.25]
+
+
+def test_value_losses_by_hand():
+    value = torch.tensor([0.5, 0.1, -0.5, 1.0])
+    before, target = torch.zeros(4), torch.tensor([1.0, 0.0, 0.0, 0.0])
+    # The first wants up and has moved too far: the clipped error is the larger one and is flat.
+    expected = [0.5 * 0.8**2, 0.5 * 0.1**2, 0.5 * 0.5**2, 0.5 * 1.0**2]
+    assert value_losses(value, before, target, 0.2).tolist() == pytest.approx(expected)
+    value.requires_grad_()
+    value_losses(value, before, target, 0.2).sum().backward()
+    assert value.grad.tolist() == pytest.approx([0.0, 0.1, -0.5, 1.0])
+
+
+def test_the_weight_of_the_divergence_is_steered_gently():
+    assert steered(0.1, 2.0, 1.0) == pytest.approx(0.102)  # at most a fiftieth a round
+    assert steered(0.1, 1.1, 1.0) == pytest.approx(0.101)
+    assert steered(0.1, 0.0, 1.0) == pytest.approx(0.098)
+
+
+def test_it_learns_and_its_first_ratios_are_exactly_one(parameters, tmp_path):
+    rows, model = play(parameters, tmp_path, recipe(), config=replace(CONFIG, steps=12))
+    assert improved(rows)
+    assert {row["ratio"] for row in rows} == {0.0}
+    assert rows[0]["explained"] == pytest.approx(0.0, abs=1e-6)  # a head that knows nothing yet
+    assert isinstance(model.value, ValueHead) and bool(model.value.weight.any())
+
+
+def test_a_reward_lost_to_divergence_holds_the_policy_back(parameters, tmp_path):
+    held, free = (
+        play(parameters, tmp_path / str(kl), recipe(kl=kl), config=replace(CONFIG, steps=6))[0]
+        for kl in (5.0, 1e-6)
+    )
+    assert held[-1]["kl_answer"] < free[-1]["kl_answer"]
+    assert held[-1]["reward"] < free[-1]["reward"]
+
+
+def test_an_interrupted_run_goes_on_to_the_bit(parameters, tmp_path, monkeypatch):
+    """The steered weight and the values of a round that has begun included."""
+    numbers, longer = {"kl": 0.1, "kl_target": 0.01}, replace(CONFIG, steps=6)
+    whole, model = play(
+        parameters, tmp_path / "whole", recipe(**numbers), config=longer, rollouts=TWICE
+    )
+    weights = [row["kl_weight"] for row in whole]
+    assert weights[0] == weights[3] == 0.1 != weights[4]  # a round is four steps
+    report = Trainer._report
+
+    def interrupted(self, found, seconds):
+        report(self, found, seconds)
+        if self.step == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_report", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        play(parameters, tmp_path / "cut", recipe(**numbers), config=longer, rollouts=TWICE)
+    monkeypatch.undo()
+    rows, other = play(
+        parameters, tmp_path / "cut", recipe(**numbers), config=longer, rollouts=TWICE
+    )
+    assert told(rows) == told(whole)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
