@@ -49,9 +49,11 @@ def forward(
     layer = layer or decode_block
     x = ops.gather(w.embedding, tokens)  # [T, D]
     trace("embedding", x)
-    for i, block in enumerate(w.block):
+    *blocks, last = w.block
+    for i, block in enumerate(blocks):
         x = layer(block, x, positions, i, kv, ops, config, trace)  # [T, D]
-    x = ops.rms_norm(ops.gather(x, wanted), w.norm, config.rms_norm_eps)  # [W, D]
+    x = layer(last, x, positions, len(blocks), kv, ops, config, trace, wanted)
+    x = ops.rms_norm(x, w.norm, config.rms_norm_eps)  # [W, D]
     trace("norm", x)
     logits = ops.linear(x, w.unembedding, None)  # [W, V]
     trace("logits", logits)
@@ -67,14 +69,21 @@ def decode_block(
     ops: Ops,
     config: ModelConfig,
     trace: Trace,
+    wanted: Array | None = None,
 ) -> Array:
-    """Attention, then the mixture of experts, each added to the residual stream."""
+    """Attention, then the mixture of experts, each added to the residual stream.
+
+    ``wanted`` (None: all): what follows the last attention is nobody's but each token's own. It is
+    left out for the others, unless somebody traces it.
+    """
     here = f"block.{layer}"
     x = x + ops.reduce(attention(w.attn, x, positions, layer, kv, ops, config, trace))  # [T, D]
     trace(f"{here}.attn", x)
+    if wanted is not None and trace is no_trace:
+        x, wanted = ops.gather(x, wanted), None  # [W, D]
     x = x + ops.reduce(mixture(w.mlp, x, f"{here}.mlp", ops, config, trace))  # [T, D]
     trace(here, x)
-    return x
+    return x if wanted is None else ops.gather(x, wanted)
 
 
 def attention(
