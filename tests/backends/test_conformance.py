@@ -174,6 +174,22 @@ def test_only_wanted_logits_come_back_and_in_that_order(backend):
             close(some, every[wanted])
 
 
+def test_who_traces_gets_the_same_logits_and_nobody_may_want_any(backend):
+    """Behind the last attention only wanted tokens are computed, unless all are looked at."""
+    cache, rows = backend.new_cache(max_tokens=100), [text(20, seed=1), text(9, seed=2)]
+    slots, past, seen = [cache.open() for _ in rows], [0, 0], []
+    batch = Batch.of([row[:-1] for row in rows], past, slots, [])
+    assert backend.to_numpy(backend.forward(batch, cache)).shape[0] == 0
+    last = Batch.of([row[-1:] for row in rows], [len(row) - 1 for row in rows], slots, [1])
+    ours = backend.to_numpy(backend.forward(last, cache))
+    for slot, row in zip(slots, rows, strict=True):
+        cache.truncate(slot, len(row) - 1)
+    traced = backend.forward(last, cache, lambda name, x: seen.append((name, len(x))))
+    close(ours, backend.to_numpy(traced))
+    close(ours, logits_of(backend, rows[1], [9])[-1:])
+    assert dict(seen)["block.1.mlp.out"] == 2 and dict(seen)["norm"] == 1
+
+
 def test_a_rewound_row_continues_as_if_nothing_had_followed(backend):
     cache = backend.new_cache(max_tokens=1000)
     slot = cache.open()
