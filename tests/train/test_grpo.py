@@ -252,6 +252,12 @@ def test_the_command_trains_and_goes_on(tmp_path, command):
     assert status == 1 and "sums.jsonl line 1: messages: expected a list" in said
 
 
+def test_going_on_with_other_weights_is_refused(parameters, tmp_path):
+    play(parameters, tmp_path, recipe(), ["2*format"], config=replace(CONFIG, steps=1))
+    with pytest.raises(TrainingError, match=r"was begun with rewards \['2\*format'\], not"):
+        play(parameters, tmp_path, recipe(), ["3*format"], config=replace(CONFIG, steps=1))
+
+
 def test_numbers_out_of_bounds_are_refused(tmp_path):
     with pytest.raises(ValueError, match="group must be at least 1 and at most 128, not 200"):
         Rollouts(group=200)

@@ -47,7 +47,7 @@ def reinforce(
     reference = deepcopy(module).requires_grad_(False) if recipe.objective.kl else None
     policy = Policy(module, sampler.words, config, value=recipe.values)
     rounds = Rounds(recipe, policy, sampler, corpus, rollouts, reference)
-    whole = asdict(rollouts) | asdict(recipe.objective) | {"rewards": judges.names}
+    whole = asdict(rollouts) | asdict(recipe.objective) | {"rewards": judges.told}
     trainer: Trainer[Minibatch] = Trainer(
         module, config, path, asked=whole | (asked or {}), watch=watch
     )

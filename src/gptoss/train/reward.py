@@ -78,6 +78,11 @@ class Rewards:
         """Of the terms."""
         return [term.name for term in self.terms]
 
+    @property
+    def told(self) -> list[str]:
+        """The terms with their weights: what a run that goes on must agree on."""
+        return [f"{term.weight:g}*{term.name}" for term in self.terms]
+
     def __call__(
         self,
         prompt: list[Message],
