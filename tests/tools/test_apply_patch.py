@@ -89,7 +89,10 @@ def test_a_call_may_be_wrapped_in_json(talk, folder):
 
 @pytest.mark.parametrize(
     "path",
-    ["../outside.txt", "/etc/hosts", "a/../../outside.txt", "link/x.txt", "hard", "", ".", "a\0b"],
+    [
+        *("../outside.txt", "/etc/hosts", "a/../../outside.txt", "link/x.txt", "hard", "", "."),
+        *("a\0b", "\ud800", "a" * 300, "a/" * 3000 + "a"),
+    ],
 )
 @pytest.mark.parametrize("how", ["Add", "Update", "Delete", "Move"])
 def test_no_path_leads_out_of_the_folder(patch, folder, path, how):
@@ -130,7 +133,9 @@ def test_all_or_nothing(patch, folder, second, told):
     assert seen(folder) == before and not (folder / "new").exists()
 
 
-@pytest.mark.parametrize("text", ["", "hello", "*** Begin Patch", f"{BEGIN}{END}", f"{BEGIN}+a\n"])
+@pytest.mark.parametrize(
+    "text", ["", "hello", "[" * 9999, "*** Begin Patch", f"{BEGIN}{END}", f"{BEGIN}+a\n"]
+)
 def test_what_is_no_patch_is_told(talk, folder, text):
     assert talk(ApplyPatch(folder)).refused("functions.apply_patch", text)
 

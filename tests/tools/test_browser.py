@@ -86,6 +86,7 @@ def test_nothing_beside_the_folder_can_be_opened(talk, documents, address):
         ("search", "{}", "query must be a text"),
         ("search", "[]", "no JSON object"),
         ("search", '{"query": "', "no JSON object"),
+        ("search", "[" * 9999, "no JSON object"),
         ("search", '{"query": "?!"}', "no words"),
         ("search", '{"query": "xylophone"}', "nothing was found"),
         ("search", '{"query": "a", "topn": "many"}', "topn must be a number"),

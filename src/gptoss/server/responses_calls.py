@@ -122,7 +122,7 @@ def action(name: str, arguments: str, output: str) -> Said:
     """What a call of the browser does, in the API's words."""
     try:
         said = json.loads(arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         said = None
     given = said if isinstance(said, dict) else {}
     page = OPENED.match(output)

@@ -145,6 +145,7 @@ Responses = dict[int | str, dict[str, Any]]
 ERRORS: Responses = {
     400: {"model": ErrorBody, "description": "the request cannot be meant so"},
     401: {"model": ErrorBody, "description": "no key, or a wrong one"},
+    403: {"model": ErrorBody, "description": "without a key, by a name that is not localhost"},
     404: {"model": ErrorBody, "description": "no such model"},
     408: {"model": ErrorBody, "description": "the request took too long to arrive"},
     413: {"model": ErrorBody, "description": "the request is too large"},

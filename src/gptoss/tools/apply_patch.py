@@ -119,7 +119,7 @@ def unwrapped(text: str) -> str:
     """The patch of a call: as it is, as a JSON string, or as the one member of a JSON object."""
     try:
         said = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     inner = list(said.values()) if isinstance(said, dict) else [said]
     if len(inner) == 1 and isinstance(inner[0], str):

@@ -213,7 +213,7 @@ def _passage(lines: Sequence[str], excerpt: str) -> int:
 def _arguments(text: str) -> dict[str, Any]:
     try:
         said = json.loads(text or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         said = None
     if not isinstance(said, dict):
         raise ToolError("the arguments are no JSON object")

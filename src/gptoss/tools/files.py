@@ -34,9 +34,10 @@ class Root:
             raise ToolError(f"{said[:200]!r} is no path inside the folder")
         full = self._folder / path
         try:
+            full.exists()  # not if a name in it is too long, or cannot be written as UTF-8
             if full.resolve() != full:
                 raise ToolError(f"{path}: a link is on the way, and links are not followed")
-        except (OSError, RuntimeError):
+        except (OSError, RuntimeError, UnicodeEncodeError):
             raise ToolError(f"{str(path)[:200]!r} is no path that can be") from None
         return path
 

@@ -159,7 +159,7 @@ def _client(where: str, unheard: TextIO) -> Any:
 def _arguments(text: str) -> dict[str, Any]:
     try:
         said = json.loads(text or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ToolError(f"the arguments are no JSON: {error}") from None
     if not isinstance(said, dict):
         raise ToolError("the arguments are no JSON object")
