@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,10 +10,22 @@ import pytest
 
 from gptoss.text.messages import Message
 from gptoss.tools import Toolbox
+from gptoss.tools.sandbox import as_nobody
 
 THINGS = f"{sys.executable} {Path(__file__).with_name('mcp_server.py')}"
+
+
+def bwrap_starts():
+    """Whether it is there and new enough, and the system lets it make a namespace."""
+    if (found := shutil.which("bwrap")) is None:
+        return False
+    words = "--unshare-all --unshare-user --disable-userns --ro-bind / / /bin/sh -c true".split()
+    ran = subprocess.run([found, *words], capture_output=True, timeout=60, **as_nobody())
+    return ran.returncode == 0
+
+
 needs_bwrap = pytest.mark.skipif(
-    shutil.which("bwrap") is None, reason="bubblewrap is not installed: apt install bubblewrap"
+    not bwrap_starts(), reason="bubblewrap does not start here, or is none: apt install bubblewrap"
 )
 
 
