@@ -175,6 +175,24 @@ def test_a_prompt_longer_than_the_room(server):
     assert error["code"] == "context_length_exceeded"
 
 
+@pytest.mark.parametrize("role", ["user", "system"])
+def test_a_prompt_far_too_long_is_not_tokenized(server, monkeypatch, role):
+    tokenizer = type(server.served.tokenizer)
+    encode = tokenizer.encode
+
+    def short(self, text):
+        assert len(text) < 1 << 20
+        return encode(self, text)
+
+    monkeypatch.setattr(tokenizer, "encode", short)
+    turns = [{"role": role, "content": "7" * (7 << 20)}, {"role": "user", "content": "Hi."}]
+    error = refused(server.chat(turns))
+    assert error["code"] == "context_length_exceeded" and "characters" in error["message"]
+    with server.client() as client:
+        error = refused(client.post("/v1/completions", json={"prompt": "7" * (7 << 20)}))
+    assert error["code"] == "context_length_exceeded"
+
+
 def test_paths_and_methods(server):
     with server.client() as client:
         refused(client.get("/nix"), 404)

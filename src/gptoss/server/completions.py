@@ -280,6 +280,7 @@ def _jobs(served: Served, body: CompletionRequest, settings: Settings) -> list[J
     echoed = body.logprobs if body.echo else None
     jobs = []
     for prompt in prompts:
+        served.must_fit([prompt] if isinstance(prompt, str) else [])
         tokens = served.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         text = prompt if isinstance(prompt, str) else served.tokenizer.decode(tokens)
         rows = [Continuation(served.tokenizer, settings) for _ in range(settings.n)]

@@ -2,12 +2,13 @@
 
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock
 
 from gptoss.engine.worker import Worker
+from gptoss.errors import ContextExceeded
 from gptoss.server.metrics import Metrics
 from gptoss.text.messages import Message
 from gptoss.text.tokenizer import Tokenizer
@@ -56,6 +57,15 @@ class Served:
     thoughts: Thoughts = field(default_factory=Thoughts)
     compiling: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     created: int = field(default_factory=lambda: int(time.time()))
+
+    def must_fit(self, texts: Iterable[str]) -> None:
+        """Raises ContextExceeded for what is too long at a glance: to tokenize it takes a while."""
+        size, most = sum(map(len, texts)), self.context * self.tokenizer.longest
+        if size > most:
+            raise ContextExceeded(
+                f"the prompt has {size} characters, more than {self.context} tokens can say; "
+                "there is no room for more (--context)"
+            )
 
 
 def _size(messages: Sequence[Message]) -> int:

@@ -10,7 +10,7 @@ Every API that speaks in messages is built on this:
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Self
 
@@ -110,9 +110,19 @@ def _constraint(served: Served, ask: Ask) -> Constraint | None:
 
 
 def _request(served: Served, ask: Ask, constraint: Constraint | None) -> Request:
+    served.must_fit(_texts(ask.messages))
     prompt = harmony.render_for_completion(ask.messages, served.tokenizer)
     places = boundaries(ask.messages, prompt, served)
     return ask.settings.request(served, prompt, constraint=constraint, boundaries=places)
+
+
+def _texts(messages: Sequence[Message]) -> Iterator[str]:
+    """What is sure to be read; old thoughts may be left out."""
+    for message in messages:
+        if isinstance(message.content, Developer):
+            yield message.content.instructions or ""
+        elif isinstance(message.content, str) and message.channel != "analysis":
+            yield message.content
 
 
 def _tools(messages: Sequence[Message]) -> list[Tool]:

@@ -10,7 +10,7 @@ refused, never approximated.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Self
 
@@ -154,6 +154,11 @@ class Tokenizer:
     def is_special(self, token: int) -> bool:
         """Whether this id is a special token, reserved ones included."""
         return token in self._special_ids
+
+    @cached_property
+    def longest(self) -> int:
+        """Bytes of the longest token."""
+        return max(map(len, self._bytes.values()))
 
     @property
     def vocab_size(self) -> int:
