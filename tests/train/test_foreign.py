@@ -85,6 +85,7 @@ def test_files(tmp_path, form, raw, whole):
         ("openai", '{"messages": [{"role": "tool"}]}', "no call before has this id"),
         ("openai", '{"messages": [{"role": "user", "content": [{}]}]}', "not all text"),
         ("openai", "{", "line 2: not valid JSON"),
+        ("openai", "[" * 9999, "line 2: JSON nested too deeply"),
     ],
 )
 def test_the_first_that_is_something_else_is_named(tmp_path, form, line, said):
@@ -96,3 +97,21 @@ def test_the_first_that_is_something_else_is_named(tmp_path, form, line, said):
         convert(source, target, form)
     assert target.read_text() == "mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_half_a_surrogate_pair_stays(tmp_path):
+    source, target = tmp_path / "in", tmp_path / "out"
+    turns = [{"role": "user", "content": "Hi \ud800 ☃"}, {"role": "assistant", "content": "Ho"}]
+    source.write_text(json.dumps({"messages": turns}))
+    assert convert(source, target, "openai") == 1
+    assert json.loads(target.read_text("utf-8"))["messages"][0]["content"] == "Hi \ud800 ☃"
+
+
+def test_the_source_stays_what_it_is(tmp_path):
+    source = tmp_path / "in"
+    source.write_text(json.dumps(OPENAI))
+    for target in (source, tmp_path):
+        with pytest.raises(TrainingError, match="choose the name of another file"):
+            convert(source, target, "openai")
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+    assert json.loads(source.read_text()) == OPENAI

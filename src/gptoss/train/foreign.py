@@ -30,13 +30,17 @@ def convert(source: Path | str, target: Path | str, form: str) -> int:
 
     Raises:
         ValueError: an unknown form.
-        TrainingError: the first conversation that is not of this form; ``target`` is untouched.
+        TrainingError: the first conversation that is not of this form, or ``target`` is the source
+            or a directory; ``target`` is untouched.
     """
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, not {form!r}")
+    if Path(target).is_dir() or (Path(target).exists() and Path(target).samefile(source)):
+        raise TrainingError(f"{target}: cannot be written; choose the name of another file")
     partial, count = Path(f"{target}.partial"), 0
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        # Half a surrogate pair, which UTF-8 cannot express, stays what JSON calls it.
+        with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
             for origin, raw in _conversations(Path(source)):
                 try:
                     line = FORMS[form](raw)
@@ -63,6 +67,9 @@ def _conversations(path: Path) -> Iterator[tuple[str, Any]]:
     except json.JSONDecodeError as error:
         where = "" if whole else f" line {number}"
         raise TrainingError(f"{path}{where}: not valid JSON ({error.msg}, {error.pos})") from None
+    except RecursionError:
+        where = "" if whole else f" line {number}"
+        raise TrainingError(f"{path}{where}: JSON nested too deeply") from None
     except UnicodeDecodeError as error:
         raise TrainingError(f"{path}: not UTF-8 text ({error.reason})") from None
 
