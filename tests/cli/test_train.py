@@ -33,6 +33,15 @@ def test_from_data_to_an_exported_model_that_answers(gptoss_, toy, data, tmp_pat
     status, out, _ = gptoss_("inspect", tmp_path / "new")
     assert status == 0 and "huggingface" in out
 
+    data.write_text("{\n")
+    words = ("train", "export", tmp_path / "run", tmp_path / "newer")
+    status, _, err = gptoss_(*words, "--data", data)
+    assert status == 1 and "sums.jsonl line 1: not valid JSON" in err
+    (tmp_path / "run" / "config.json").write_text("{")
+    status, _, err = gptoss_(*words)
+    assert status == 1 and "config.json: cannot be read" in err
+    assert not (tmp_path / "newer").exists()
+
 
 def test_preview_marks_what_is_learned(gptoss_, toy, data):
     status, out, err = gptoss_("train", "preview", toy, data)

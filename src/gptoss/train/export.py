@@ -70,13 +70,17 @@ def export(
     also written into the run's directory, as ``export-NAME.json``.
 
     Raises:
-        TrainingError: there is no run.
+        TrainingError: there is no run, or a line of ``data`` is bad; nothing is written then.
         CheckpointError: as ``gptoss.checkpoint.save.save``.
     """
     model, asked = load_run(run)
     used: Rule = rule or asked.get("qat") or "least_squares"
     assert used in get_args(Rule)
     read = reader(model)
+    reading = Reading(**{k: asked[k] for k in asdict(Reading()) if k in asked})
+    length = model.config.context_length
+    corpus = corpus_of(data, tokenizer_of(asked), reading, length) if data else None
+    before = None if corpus is None else evaluate(model, corpus, reading.tokens)
     written = save(
         model.config,
         read,
@@ -86,14 +90,10 @@ def export(
         rule=used,
         progress=progress,
     )
-    before = after = None
-    if data:
-        reading = Reading(**{k: asked[k] for k in asdict(Reading()) if k in asked})
-        corpus = corpus_of(data, tokenizer_of(asked), reading, model.config.context_length)
-        before = evaluate(model, corpus, reading.tokens)
-        after = evaluate(
-            Transformer.from_checkpoint(written, dtype="float32"), corpus, reading.tokens
-        )
+    after = None
+    if corpus is not None:
+        exported = Transformer.from_checkpoint(written, dtype="float32")
+        after = evaluate(exported, corpus, reading.tokens)
     report = Report(_errors(model, read, open_checkpoint(written)), before, after)
     path = Path(run) / f"export-{Path(target).name}.json"
     path.write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")

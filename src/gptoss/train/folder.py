@@ -55,7 +55,7 @@ class Folder:
     def _agree(self, asked: dict[str, Any]) -> None:
         path = self.path / "config.json"
         if self.latest() is not None:
-            begun = _read(path)
+            begun = read_document(path)
             for name in sorted({*begun, *asked} - NEW):
                 if begun.get(name) != asked.get(name):
                     raise TrainingError(
@@ -176,7 +176,8 @@ def _locked(path: Path) -> int | None:
     return descriptor
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_document(path: Path) -> dict[str, Any]:
+    """A JSON file of a run. Raises TrainingError."""
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -7,7 +7,6 @@
 Each goes on where an earlier call with the same arguments was interrupted.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -27,7 +26,7 @@ from gptoss.train.batch import Document
 from gptoss.train.config import Reading, TrainConfig, Tuning
 from gptoss.train.conversation import documents
 from gptoss.train.corpus import Corpus
-from gptoss.train.folder import newest, read_state, restore
+from gptoss.train.folder import newest, read_document, read_state, restore
 from gptoss.train.lint import lint
 from gptoss.train.lora import adapt
 from gptoss.train.loss import cross_entropy
@@ -190,7 +189,7 @@ def load_run(path: Path | str, device: str = "cpu") -> tuple[Transformer, dict[s
     latest = newest(path)
     if latest is None:
         raise TrainingError(f"{path}: there is no run with a checkpoint here")
-    asked = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    asked = read_document(Path(path) / "config.json")
     model = build(asked, device)
     tensors = read_state(latest)["model"]
     restore(model, {n: t for n, t in tensors.items() if not n.startswith("value.")})  # PPO's head
