@@ -348,3 +348,12 @@ def test_who_hangs_up_ends_the_code_too(with_python, path):
         until(sandboxes)
     until(lambda: not sandboxes())
     assert up.idle()
+
+
+def test_of_two_servers_one_is_allowed(up, script):
+    script.say(TUSK)
+    labels = [{"type": "mcp", "server_label": name} for name in ("things", "apply_patch")]
+    allowed = {"type": "allowed_tools", "mode": "auto", "tools": labels[:1]}
+    body = {"input": "?", "tools": labels, "tool_choice": allowed}
+    assert up.post("/v1/responses", body).status_code == 200
+    assert "type things_add = " in script.read[0] and "type apply_patch = " not in script.read[0]

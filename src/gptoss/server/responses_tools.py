@@ -68,6 +68,7 @@ class AllowedTool(Body):
 
     type: Annotated[str, Field(max_length=64)]
     name: Annotated[str, Field(max_length=256)] | None = None
+    server_label: Annotated[str, Field(max_length=64)] | None = None
 
 
 class AllowedTools(Body):
@@ -126,9 +127,14 @@ def run_here(
     """The server's own tools that are asked for. Raises ApiError."""
     asked = [tool for tool in tools if _runs(tool, served)]
     if isinstance(said, AllowedTools):
-        kinds = {tool.type for tool in said.tools}
-        asked = [tool for tool in asked if tool.type in kinds]
+        asked = [tool for tool in asked if any(_is(tool, allowed) for allowed in said.tools)]
     return hosted([tool for tool in asked if isinstance(tool, OtherTool)], served)
+
+
+def _is(tool: FunctionTool | OtherTool, allowed: AllowedTool) -> bool:
+    """Whether it is the one; without a label, all MCP servers are."""
+    label = tool.server_label if isinstance(tool, OtherTool) else None
+    return tool.type == allowed.type and allowed.server_label in (None, label)
 
 
 def left_out(tools: Sequence[FunctionTool | OtherTool], served: Served) -> list[str]:
