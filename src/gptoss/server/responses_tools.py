@@ -68,7 +68,6 @@ class AllowedTool(Body):
 
     type: Annotated[str, Field(max_length=64)]
     name: Annotated[str, Field(max_length=256)] | None = None
-    server_label: Annotated[str, Field(max_length=64)] | None = None
 
 
 class AllowedTools(Body):
@@ -134,7 +133,8 @@ def run_here(
 def _is(tool: FunctionTool | OtherTool, allowed: AllowedTool) -> bool:
     """Whether it is the one; without a label, all MCP servers are."""
     label = tool.server_label if isinstance(tool, OtherTool) else None
-    return tool.type == allowed.type and allowed.server_label in (None, label)
+    wanted = (allowed.model_extra or {}).get("server_label")
+    return tool.type == allowed.type and wanted in (None, label)
 
 
 def left_out(tools: Sequence[FunctionTool | OtherTool], served: Served) -> list[str]:
