@@ -1,7 +1,9 @@
 """Tools that the server runs: a live server, real tools, and a model that says what it is told."""
 
 import json
+from contextlib import ExitStack
 
+import openai
 import pytest
 
 from gptoss import LLM
@@ -88,10 +90,18 @@ def with_python():
         yield up, script
 
 
-def client(up):
-    import openai
+CLIENTS = ExitStack()
 
-    return openai.OpenAI(base_url=up.url, api_key="none", max_retries=0)
+
+@pytest.fixture(autouse=True)
+def closing():
+    """A client that is only forgotten warns in somebody else's test."""
+    with CLIENTS:
+        yield
+
+
+def client(up):
+    return CLIENTS.enter_context(openai.OpenAI(base_url=up.url, api_key="none", max_retries=0))
 
 
 def test_a_search_is_run_and_the_answer_comes_of_it(up, script):
