@@ -32,6 +32,8 @@ class Root:
         path = PurePosixPath(said)
         if not said or "\0" in said or path.is_absolute() or ".." in path.parts or not path.parts:
             raise ToolError(f"{said[:200]!r} is no path inside the folder")
+        if ".git" in map(str.lower, path.parts):  # hooks and settings there are run as commands
+            raise ToolError(f"{said[:200]!r}: what git keeps is not to be changed")
         full = self._folder / path
         try:
             full.exists()  # not if a name in it is too long, or cannot be written as UTF-8
