@@ -133,6 +133,8 @@ class MlxOps:
     ) -> mx.array:
         """See ``Ops.experts``. Many visits are sorted, so that an expert is read once for all."""
         T, k = chosen.shape
+        if not T:
+            return x
         visits = chosen.reshape(-1)  # [N], N = T * k
         order = mx.argsort(visits) if (many := T * k >= MANY) else mx.arange(T * k)
         which = visits[order]
