@@ -1,6 +1,9 @@
 """Who holds how much of a cache: the bookkeeping every room shares, with no bytes in it."""
 
-from gptoss.errors import CacheFull
+from collections.abc import Iterable
+from typing import Protocol
+
+from gptoss.errors import CacheFull, CacheMiss
 
 
 class Slots:
@@ -33,3 +36,32 @@ class Slots:
     def close(self, slot: int) -> None:
         """See ``Cache.close``."""
         del self.reserved[slot]
+
+
+class Strip(Protocol):
+    """One layer of one row: positions ``first`` to ``length - 1`` are held."""
+
+    @property
+    def window(self) -> int | None:
+        """How far back tokens look; None: to the beginning."""
+        ...
+
+    @property
+    def first(self) -> int:
+        """The oldest position."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """Positions seen."""
+        ...
+
+
+def check_held(slot: int, length: int, strips: Iterable[Strip]) -> None:
+    """Raise CacheMiss unless every layer still holds what a token at ``length`` looks at."""
+    for strip in strips:
+        if length and strip.window and strip.first > max(0, length - strip.window + 1):
+            raise CacheMiss(
+                f"slot {slot} was asked for its first {length} tokens, but its sliding layers "
+                f"hold positions {strip.first} to {strip.length - 1} only"
+            )

@@ -12,8 +12,7 @@ import numpy.typing as npt
 
 from gptoss import _core
 from gptoss.backends.protocol import Batch
-from gptoss.backends.slots import Slots
-from gptoss.errors import CacheMiss
+from gptoss.backends.slots import Slots, check_held
 from gptoss.model.config import ModelConfig
 
 Floats = npt.NDArray[np.float32]
@@ -58,14 +57,14 @@ class NativeCache(Slots):
 
     def truncate(self, slot: int, length: int) -> None:
         """See ``Cache.truncate``."""
-        self._check(slot, length)
+        check_held(slot, length, self.strips[slot])
         super().truncate(slot, length)
         for strip in self.strips[slot]:
             strip.truncate(length)
 
     def fork(self, slot: int, length: int) -> int:
         """See ``Cache.fork``. No byte is copied until one of the two writes."""
-        self._check(slot, length)
+        check_held(slot, length, self.strips[slot])
         child = self.open()
         try:
             self.reserve(child, length)
@@ -80,15 +79,6 @@ class NativeCache(Slots):
         super().close(slot)
         for strip in self.strips.pop(slot):
             strip.truncate(0)
-
-    def _check(self, slot: int, length: int) -> None:
-        """Raise CacheMiss unless every layer still holds what a token at ``length`` looks at."""
-        for strip in self.strips[slot]:
-            if length and strip.window and strip.first > max(0, length - strip.window + 1):
-                raise CacheMiss(
-                    f"slot {slot} was asked for its first {length} tokens, but its sliding layers "
-                    f"hold positions {strip.first} to {strip.length - 1} only"
-                )
 
 
 class Page:

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptoss.backends.protocol import Batch
-from gptoss.backends.slots import Slots
-from gptoss.errors import CacheMiss
+from gptoss.backends.slots import Slots, check_held
 from gptoss.model.config import ModelConfig
 
 SPARE = 128  # tokens that a row can always be rewound from the longest it has been
@@ -55,13 +54,13 @@ class TorchCache(Slots):
 
     def truncate(self, slot: int, length: int) -> None:
         """See ``Cache.truncate``."""
-        self._check(slot, length)
+        check_held(slot, length, self.strips[slot])
         super().truncate(slot, length)
         self.strips[slot] = [strip.head(length) for strip in self.strips[slot]]
 
     def fork(self, slot: int, length: int) -> int:
         """See ``Cache.fork``. The bytes are copied: neither row ever sees the other's."""
-        self._check(slot, length)
+        check_held(slot, length, self.strips[slot])
         child = self.open()
         try:
             self.reserve(child, length)
@@ -75,15 +74,6 @@ class TorchCache(Slots):
         """See ``Cache.close``."""
         super().close(slot)
         del self.strips[slot]
-
-    def _check(self, slot: int, length: int) -> None:
-        """Raise CacheMiss unless every layer still holds what a token at ``length`` looks at."""
-        for strip in self.strips[slot]:
-            if length and strip.window and strip.first > max(0, length - strip.window + 1):
-                raise CacheMiss(
-                    f"slot {slot} was asked for its first {length} tokens, but its sliding layers "
-                    f"hold positions {strip.first} to {strip.length - 1} only"
-                )
 
 
 class Strip:
