@@ -80,7 +80,7 @@ def sft(
     """
     with torch_needed():
         from gptoss.train import recipes
-    with usage(), training(config) as (looked, watch):
+    with training(config, out) as (looked, watch):
         recipes.sft(
             model,
             data,
@@ -91,9 +91,6 @@ def sft(
             watch=watch,
             looked=looked,
         )
-    print(
-        f"{out}: trained; `gptoss train export {out} DIRECTORY` writes the model", file=sys.stderr
-    )
 
 
 def pretrain(
@@ -111,7 +108,7 @@ def pretrain(
     """
     with torch_needed():
         from gptoss.train import recipes
-    with usage(), training(config) as (looked, watch):
+    with training(config, out) as (looked, watch):
         recipes.pretrain(
             model,
             data,
@@ -122,9 +119,6 @@ def pretrain(
             watch=watch,
             looked=looked,
         )
-    print(
-        f"{out}: trained; `gptoss train export {out} DIRECTORY` writes the model", file=sys.stderr
-    )
 
 
 def grpo(
@@ -144,7 +138,7 @@ def grpo(
     """
     with torch_needed():
         from gptoss.train import grpo as recipe
-    with usage(), training(config) as (looked, watch):
+    with training(config, out) as (looked, watch):
         recipe.grpo(
             *(model, data, out, reward),
             config=config,
@@ -154,9 +148,6 @@ def grpo(
             watch=watch,
             looked=looked,
         )
-    print(
-        f"{out}: trained; `gptoss train export {out} DIRECTORY` writes the model", file=sys.stderr
-    )
 
 
 def ppo(
@@ -176,7 +167,7 @@ def ppo(
     """
     with torch_needed():
         from gptoss.train import ppo as recipe
-    with usage(), training(config) as (looked, watch):
+    with training(config, out) as (looked, watch):
         recipe.ppo(
             *(model, data, out, reward),
             config=config,
@@ -186,9 +177,6 @@ def ppo(
             watch=watch,
             looked=looked,
         )
-    print(
-        f"{out}: trained; `gptoss train export {out} DIRECTORY` writes the model", file=sys.stderr
-    )
 
 
 def preview(
@@ -300,7 +288,17 @@ def torch_needed() -> Iterator[None]:
 
 
 @contextmanager
-def training(config: TrainConfig) -> Iterator[tuple[Looked | None, Watch | None]]:
+def training(config: TrainConfig, out: Path) -> Iterator[tuple[Looked | None, Watch | None]]:
+    """Around a recipe: how far it is, what it may refuse, and what to do with what it made."""
+    with usage(), bars(config) as watched:
+        yield watched
+    print(
+        f"{out}: trained; `gptoss train export {out} DIRECTORY` writes the model", file=sys.stderr
+    )
+
+
+@contextmanager
+def bars(config: TrainConfig) -> Iterator[tuple[Looked | None, Watch | None]]:
     """A bar for the data, then for the steps: loss, tokens a second, memory, time that is left.
 
     None where nobody looks.
