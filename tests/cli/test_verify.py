@@ -4,6 +4,10 @@ import json
 
 import pytest
 
+from gptoss.checkpoint.open import open_checkpoint
+from gptoss.cli.verify import Running
+from gptoss.llm.plan import make_plan
+from gptoss.verify.probes import write_probe
 from gptoss.verify.trace import TraceFile
 
 
@@ -38,11 +42,25 @@ def test_what_is_wrong_ends_with_status_1_and_is_named(gptoss_, toy, monkeypatch
         (["--against", "abacus"], "unknown backend 'abacus'"),
         (["--server", "localhost"], "no address of a server"),
         (["--teacher", "a"], "the text has 1 tokens"),
+        (["--memory", "1kB"], "memory (--memory) must be at least"),
     ],
 )
 def test_a_wrong_command_line_is_a_sentence(gptoss_, toy, words, why):
     status, _, err = gptoss_("verify", toy, *words)
     assert status == 2 and why in err
+
+
+def test_experts_may_stay_on_disk(gptoss_, tmp_path):
+    path = write_probe(tmp_path / "probe")
+    opened = open_checkpoint(path)
+    needs = make_plan(opened, backend="native").needs
+    memory = (needs.least + needs.total) // 2
+    candidate = Running(backend="native", memory=str(memory)).candidate(opened, None)
+    assert 0 < candidate.options["resident"] < needs.mapped
+    status, out, err = gptoss_("verify", path, "-b", "native", "--memory", memory, "--length", 20)
+    if "compiled core" in err:
+        pytest.skip(err)
+    assert status == 0, out
 
 
 def test_answers_are_saved_and_replayed(gptoss_, toy, tmp_path):

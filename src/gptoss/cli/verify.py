@@ -40,6 +40,7 @@ class Running:
     precision: options.Precision = None
     threads: options.Threads = None
     kv: options.Kv = None
+    memory: options.Memory = None
     dtype: options.Dtype = None
     device: options.Device = None
     quiet: Annotated[bool, Option("-q", "--quiet", help="only what is wrong, and the end")] = False
@@ -57,8 +58,9 @@ class Running:
             precision=self.precision,
             threads=self.threads,
             kv=self.kv,
+            memory=options.size(self.memory),
         )
-        names = ("dtype", "device", "precision", "threads", "kv")
+        names = ("dtype", "device", "precision", "threads", "kv", "resident")
         config = opened.config
         if layers is not None and layers < config.num_hidden_layers:
             config = replace(config, num_hidden_layers=layers)
