@@ -58,7 +58,7 @@ def test_convert(gptoss_, tmp_path):
     (tmp_path / "in.json").write_text(json.dumps([{"conversations": turns}]))
     source, target = tmp_path / "in.json", tmp_path / "out.jsonl"
     status, _, err = gptoss_("train", "convert", source, target, "--form", "sharegpt")
-    assert status == 0 and "1 conversations" in err
+    assert status == 0 and "out.jsonl: 1 conversation\n" in err
     assert json.loads(target.read_text())["messages"][1]["content"] == "Ho"
 
 

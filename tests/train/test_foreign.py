@@ -92,11 +92,9 @@ def test_the_first_that_is_something_else_is_named(tmp_path, form, line, said):
     source, target = tmp_path / "in", tmp_path / "out"
     good = SHAREGPT if form == "sharegpt" else OPENAI
     source.write_text(f"{json.dumps(good)}\n{line}\n")
-    target.write_text("mine")
     with pytest.raises(TrainingError, match=said):
         convert(source, target, form)
-    assert target.read_text() == "mine"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
 def test_half_a_surrogate_pair_stays(tmp_path):
@@ -107,11 +105,20 @@ def test_half_a_surrogate_pair_stays(tmp_path):
     assert json.loads(target.read_text("utf-8"))["messages"][0]["content"] == "Hi \ud800 ☃"
 
 
-def test_the_source_stays_what_it_is(tmp_path):
-    source = tmp_path / "in"
+def test_what_is_there_stays_what_it_is(tmp_path):
+    source, other = tmp_path / "in", tmp_path / "other"
     source.write_text(json.dumps(OPENAI))
-    for target in (source, tmp_path):
-        with pytest.raises(TrainingError, match="choose the name of another file"):
+    other.write_text("mine")
+    for target in (source, other, tmp_path):
+        with pytest.raises(TrainingError, match="already exists; choose another name"):
             convert(source, target, "openai")
-    assert [p.name for p in tmp_path.iterdir()] == ["in"]
-    assert json.loads(source.read_text()) == OPENAI
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "other"]
+    assert json.loads(source.read_text()) == OPENAI and other.read_text() == "mine"
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "[]"])
+def test_a_file_without_a_conversation_is_refused(tmp_path, text):
+    (tmp_path / "in").write_text(text)
+    with pytest.raises(TrainingError, match="in: there is no conversation in it"):
+        convert(tmp_path / "in", tmp_path / "out", "openai")
+    assert not (tmp_path / "out").exists()

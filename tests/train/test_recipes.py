@@ -5,6 +5,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import json  # noqa: E402
+import shutil  # noqa: E402
 from dataclasses import replace  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -193,6 +194,22 @@ def test_what_cannot_be_trained_is_one_sentence(toy, data, whole, tmp_path, chan
     how = {"reading": READING, "config": replace(CONFIG, lr=0.5)}
     with pytest.raises(error, match=said):
         sft(**{"model": toy, "data": [data], **how, **change}, path=path)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda asked: {}, "does not say recipe, model, tokenizer, lora, alpha, qat, dtype"),
+        (lambda asked: {k: v for k, v in asked.items() if k != "model"}, "does not say model, "),
+        (lambda asked: [asked], "expected a JSON object"),
+    ],
+)
+def test_a_run_whose_config_is_not_its_own_is_one_sentence(whole, tmp_path, change, said):
+    shutil.copytree(whole, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(TrainingError, match=f"config.json: {said}"):
+        export(tmp_path / "run", tmp_path / "out")
 
 
 def test_a_run_is_no_model_until_it_is_exported(whole, data, tmp_path):

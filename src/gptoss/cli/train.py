@@ -241,7 +241,7 @@ def convert(
     from gptoss.train import foreign
 
     count = foreign.convert(source, target, form)
-    print(f"{target}: {count} conversations", file=sys.stderr)
+    print(f"{target}: {count} conversation{'s' * (count != 1)}", file=sys.stderr)
 
 
 def opened(

@@ -99,18 +99,21 @@ class Folder:
                 shutil.rmtree(old, ignore_errors=True)
 
     def append(self, row: dict[str, Any]) -> None:
-        """A line of metrics."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        """A line of metrics. Raises CheckpointError if it cannot be written."""
+        try:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"{self.metrics}: cannot be written: {error.strerror}") from None
 
     def rows(self) -> list[dict[str, Any]]:
         """The lines of metrics, without one that was cut off."""
         found = []
         if self.metrics.exists():
-            for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
                 with suppress(ValueError):
                     found.append(json.loads(line))
-        return found
+        return [row for row in found if isinstance(row, dict) and "step" in row]
 
     def _forget(self, step: int) -> None:
         rows = [row for row in self.rows() if row["step"] <= step]
@@ -182,6 +185,8 @@ def read_document(path: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise TrainingError(f"{path}: cannot be read ({error}); is this a run's?") from None
+    if not isinstance(found, dict):
+        raise TrainingError(f"{path}: expected a JSON object; is this a run's?")
     return found
 
 

@@ -30,13 +30,13 @@ def convert(source: Path | str, target: Path | str, form: str) -> int:
 
     Raises:
         ValueError: an unknown form.
-        TrainingError: the first conversation that is not of this form, or ``target`` is the source
-            or a directory; ``target`` is untouched.
+        TrainingError: the first conversation that is not of this form, there is none, or ``target``
+            is there already. Nothing is left behind.
     """
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, not {form!r}")
-    if Path(target).is_dir() or (Path(target).exists() and Path(target).samefile(source)):
-        raise TrainingError(f"{target}: cannot be written; choose the name of another file")
+    if os.path.lexists(target):
+        raise TrainingError(f"{target}: already exists; choose another name")
     partial, count = Path(f"{target}.partial"), 0
     try:
         # Half a surrogate pair, which UTF-8 cannot express, stays what JSON calls it.
@@ -48,6 +48,8 @@ def convert(source: Path | str, target: Path | str, form: str) -> int:
                     raise TrainingError(f"{origin}: {error}") from None
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 count += 1
+        if not count:
+            raise TrainingError(f"{source}: there is no conversation in it")
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)

@@ -17,10 +17,9 @@ class Contents:
     longest: int  # tokens of the longest document
 
     def __str__(self) -> str:
-        return (
-            f"{self.lines:,} lines, {self.documents:,} documents, {self.tokens:,} tokens, "
-            f"{self.trained:,} of them learned, {self.longest:,} in the longest"
-        )
+        read = ((self.lines, "line"), (self.documents, "document"), (self.tokens, "token"))
+        counted = ", ".join(f"{n:,} {name}{'s' * (n != 1)}" for n, name in read)
+        return f"{counted}, {self.trained:,} of them learned, {self.longest:,} in the longest"
 
 
 def lint(corpus: Corpus, watch: Callable[[int, int], None] | None = None) -> Contents:

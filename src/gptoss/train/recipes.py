@@ -190,6 +190,12 @@ def load_run(path: Path | str, device: str = "cpu") -> tuple[Transformer, dict[s
     if latest is None:
         raise TrainingError(f"{path}: there is no run with a checkpoint here")
     asked = read_document(Path(path) / "config.json")
+    needed = ("recipe", "model", "tokenizer", *(one.name for one in fields(Tuning)))
+    if missing := [name for name in needed if name not in asked]:
+        raise TrainingError(
+            f"{path}/config.json: does not say {', '.join(missing)}, without which this run's model "
+            "cannot be built; put back the config.json that the run was begun with"
+        )
     model = build(asked, device)
     tensors = read_state(latest)["model"]
     restore(model, {n: t for n, t in tensors.items() if not n.startswith("value.")})  # PPO's head
