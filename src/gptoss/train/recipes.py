@@ -193,7 +193,7 @@ def load_run(path: Path | str, device: str = "cpu") -> tuple[Transformer, dict[s
     needed = ("recipe", "model", "tokenizer", *(one.name for one in fields(Tuning)))
     if missing := [name for name in needed if name not in asked]:
         raise TrainingError(
-            f"{path}/config.json: does not say {', '.join(missing)}, without which this run's model "
+            f"{path}/config.json: does not say {', '.join(missing)}, without which its model "
             "cannot be built; put back the config.json that the run was begun with"
         )
     model = build(asked, device)
