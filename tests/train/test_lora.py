@@ -12,9 +12,9 @@ from gptoss.model.mxfp4 import Packed  # noqa: E402
 from gptoss.model.weights import specs  # noqa: E402
 from gptoss.train.config import TrainConfig  # noqa: E402
 from gptoss.train.export import reader  # noqa: E402
+from gptoss.train.learner import trained  # noqa: E402
 from gptoss.train.lora import LowRank, LowRankStack, adapt  # noqa: E402
 from gptoss.train.loss import cross_entropy  # noqa: E402
-from gptoss.train.trainer import trained  # noqa: E402
 from tests.backends.test_conformance import logits_of, text  # noqa: E402
 from tests.train.runs import TINY, draw, train  # noqa: E402
 

@@ -23,26 +23,26 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gptoss.errors import CheckpointError, GptOssError, TrainingError
 from gptoss.train.config import TrainConfig, rate
-from gptoss.train.folder import Folder, restore
-from gptoss.train.optimize import optimizers
+from gptoss.train.folder import Folder
+from gptoss.train.learner import Learner, Torch
 from gptoss.train.show import Board, curves
 
 B = TypeVar("B")
 Row = dict[str, Any]
 Draw = Callable[[Any], tuple[list[B], Any]]
 PICTURE = 60.0  # seconds between two pictures of the curves
-Loss = Callable[[B], tuple[Tensor, dict[str, float]]]
+Loss = Callable[[B], tuple[Any, dict[str, Any]]]  # of torch a tensor and numbers
 
 
 class Trainer(Generic[B]):
     """One run in one directory.
 
     Args:
-        model: what is trained: its parameters that want a gradient.
+        model: what is trained: a module's parameters that want a gradient, or another ``Learner``.
         config: how.
         path: the run's directory; if a run is there already, this one goes on from it.
         asked: what else the run depends on; going on with something else is refused.
@@ -55,7 +55,7 @@ class Trainer(Generic[B]):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Learner,
         config: TrainConfig,
         path: Path | str,
         *,
@@ -71,7 +71,7 @@ class Trainer(Generic[B]):
         self.model, self.config, self.watch = model, config, watch
         self.share = share or (lambda step: rate(step, config))
         self.folder = Folder(path, asdict(config) | (asked or {}))
-        self.optimizers = optimizers(model, config)
+        self.learner = Torch(model, config) if isinstance(model, nn.Module) else model
         self.step, self.position, self.tokens = 0, None, 0.0
         self._drawn = time.monotonic()
         self.board = Board(self.folder.path, config.tensorboard)
@@ -97,7 +97,7 @@ class Trainer(Generic[B]):
                 except (GptOssError, ValueError, KeyboardInterrupt):
                     self.save(random)
                     raise
-                self._update(found)
+                self.learner.update(found["rate"])
                 self.position, self.step = after, self.step + 1
                 self._report(found, time.perf_counter() - began)
                 if self.step % self.config.save_every == 0 or self.step == self.config.steps:
@@ -113,17 +113,15 @@ class Trainer(Generic[B]):
 
     def _losses(self, batches: list[B], loss: Loss[B]) -> dict[str, float]:
         """Gradients of all batches, and the sums of what they report; ``norm`` and ``rate`` too."""
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        self.learner.begin()
         found: dict[str, float] = {"loss": 0.0}
         for batch in batches:
-            value, metrics = loss(batch)
-            if not math.isfinite(value.item()):
-                raise Diverged(self._no_number("loss", value.item(), [batch]))
-            value.backward()  # type: ignore[no-untyped-call]
-            for name, more in {"loss": value.item(), **metrics}.items():
+            value, metrics = self.learner.learn(batch, loss)
+            if not math.isfinite(value):
+                raise Diverged(self._no_number("loss", value, [batch]))
+            for name, more in {"loss": value, **metrics}.items():
                 found[name] = found.get(name, 0.0) + more
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip).item()
+        norm = self.learner.clip(self.config.clip)
         if not math.isfinite(norm):
             raise Diverged(self._no_number("gradient", norm, batches))
         return found | {"norm": norm, "rate": self.share(self.step)}
@@ -137,12 +135,6 @@ class Trainer(Generic[B]):
             f"{self.folder.path}: the {what} of step {self.step + 1} is {value}, in the batch of "
             f"{origin}; {state}. Look at these examples, or train with a lower rate."
         )
-
-    def _update(self, found: dict[str, float]) -> None:
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * found["rate"]
-            optimizer.step()
 
     def _report(self, found: dict[str, float], seconds: float) -> None:
         self.tokens += found.get("tokens", 0.0)
@@ -159,8 +151,8 @@ class Trainer(Generic[B]):
             "step": self.step,
             "tokens": self.tokens,
             "position": self.position,
-            "model": trained(self.model),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "model": self.learner.trained(),
+            "optimizers": self.learner.optimized(),
             "random": random or _random(),
         }
         try:
@@ -178,13 +170,11 @@ class Trainer(Generic[B]):
         self._drawn = time.monotonic()
 
     def _restore(self, state: dict[str, Any]) -> None:
-        if missing := set(trained(self.model)) ^ set(state["model"]):
+        if missing := set(self.learner.trained()) ^ set(state["model"]):
             raise TrainingError(
                 f"{self.folder.path}: its checkpoint and this model differ in {min(missing)}"
             )
-        restore(self.model, state["model"])
-        for optimizer, its in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(its)
+        self.learner.restore(state["model"], state["optimizers"])
         self.step, self.position, self.tokens = state["step"], state["position"], state["tokens"]
         torch.set_rng_state(state["random"]["cpu"])
         if state["random"]["cuda"]:
@@ -193,11 +183,6 @@ class Trainer(Generic[B]):
 
 class Diverged(TrainingError):
     """A loss or a gradient that is no number."""
-
-
-def trained(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes, by name."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def memory(trainer: Trainer[Any]) -> int:
