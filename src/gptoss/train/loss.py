@@ -21,39 +21,47 @@ from gptoss.train.config import TrainConfig
 from gptoss.train.routing import Routing
 
 CHUNK = 1 << 24  # logits at a time
+Layer = Callable[..., Any]  # what computes one: ``model.decode_block``, with something around it
 
 
 def score(
-    model: Transformer, batch: Batch, config: TrainConfig, routing: Routing | None = None
+    model: Transformer,
+    batch: Batch,
+    config: TrainConfig,
+    routing: Routing | None = None,
+    layer: Layer | None = None,
 ) -> Tensor:
     """float32 [W]: the log-probability of each of ``batch.targets``, differentiable.
 
     This is ``model/model.py``, as sampling runs it, with the loss in place of the unembedding.
+    ``layer``: what computes a layer, if not the config says it.
     """
-    table, device = model.unembedding.weight, model.unembedding.weight.device
+    device = model.unembedding.weight.device
     batch = batch.to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
         found: Tensor = model(
             batch.tokens,
             lengths=batch.lengths,
             wanted=batch.wanted,
-            head=lambda x: logprobs(x, table, batch.targets),
-            layer=layer_of(config),
+            head=lambda x: logprobs(x, model.unembedding.weight, batch.targets),
+            layer=layer or layer_of(config),
             trace=routing or wiring.no_trace,
         )
     return found
 
 
 def cross_entropy(
-    model: Transformer, batch: Batch, config: TrainConfig
+    model: Transformer, batch: Batch, config: TrainConfig, layer: Layer | None = None
 ) -> tuple[Tensor, dict[str, float]]:
     """The loss of supervised recipes: weighted surprise, and load balancing where it is asked for.
+
+    ``layer``: see ``score``.
 
     Returns:
         The batch's share of the step's loss, and its share of the metrics.
     """
     routing = Routing()
-    scored = score(model, batch, config, routing)
+    scored = score(model, batch, config, routing, layer)
     surprise = -(scored * batch.weights.to(scored.device)).sum()
     found = {"cross_entropy": surprise.item(), "tokens": float(len(batch.tokens))}
     found |= {name: value * batch.share for name, value in routing.statistics().items()}
@@ -62,7 +70,7 @@ def cross_entropy(
     return surprise, found
 
 
-def layer_of(config: TrainConfig) -> Callable[..., Any]:
+def layer_of(config: TrainConfig) -> Layer:
     """What computes a layer: ``model.decode_block``, recomputed if the config says so."""
     return recomputed if config.recompute else wiring.decode_block
 
