@@ -26,6 +26,12 @@ class Rollouts:
     gap: float | None = said(
         None, "most nats a token by which sampler and trainer may differ (1e-4; bfloat16: 0.05)", 0
     )
+    batch_invariant: bool = said(
+        False, "both compute by the compiled core, and not one bit differs (float32, CPU)"
+    )
+    replay_routing: bool = said(
+        False, "in training a token visits the experts that it visited when it was drawn"
+    )
 
     def __post_init__(self) -> None:
         check(self)

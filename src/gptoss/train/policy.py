@@ -1,5 +1,6 @@
 """A model that answers, as the trainer sees it, and what both recipes make of its ratios."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,6 +12,7 @@ from gptoss.model.model import no_trace
 from gptoss.train.batch import Batch
 from gptoss.train.config import TrainConfig
 from gptoss.train.loss import layer_of, logprobs
+from gptoss.train.replay import replaying
 from gptoss.train.routing import Routing
 
 
@@ -22,6 +24,7 @@ class Minibatch:
     rows: list[int]  # which of the round's answers
     known: dict[str, Tensor]  # [W] each: sampled, old, advantage; reference, value, target
     metrics: dict[str, float]  # of the round, told once
+    chosen: Tensor | None = None  # int16 [T, L, k]: the experts each token visited when drawn
 
     @property
     def origin(self) -> str:
@@ -31,7 +34,7 @@ class Minibatch:
     def packed(self) -> dict[str, Any]:
         """As a checkpoint holds it."""
         batch = self.batch and {f.name: getattr(self.batch, f.name) for f in fields(Batch)}
-        return {"batch": batch, "rows": self.rows, "known": self.known, "metrics": self.metrics}
+        return {f.name: getattr(self, f.name) for f in fields(Minibatch)} | {"batch": batch}
 
     @classmethod
     def of(cls, packed: dict[str, Any]) -> "Minibatch":
@@ -60,12 +63,19 @@ class Policy:
         model: what is trained; with ``value``, a ``ValueHead`` becomes a part of it.
         words: how many of its words can be drawn. The others have no probability.
         config: how it is computed.
+        logprobs: ``loss.logprobs``, or what stands in for it.
     """
 
     def __init__(
-        self, model: Transformer, words: int, config: TrainConfig, *, value: bool = False
+        self,
+        model: Transformer,
+        words: int,
+        config: TrainConfig,
+        *,
+        value: bool = False,
+        logprobs: Callable[[Tensor, Tensor, Tensor], Tensor] = logprobs,
     ) -> None:
-        self.model, self.words, self.config = model, words, config
+        self.model, self.words, self.config, self.logprobs = model, words, config, logprobs
         table = model.embedding.weight
         self.device = table.device
         self.narrow = config.autocast or table.dtype is torch.bfloat16
@@ -75,17 +85,26 @@ class Policy:
             model.add_module("value", self.head)
 
     def score(
-        self, batch: Batch, routing: Routing | None = None, *, model: Transformer | None = None
+        self,
+        batch: Batch,
+        routing: Routing | None = None,
+        chosen: Tensor | None = None,
+        *,
+        model: Transformer | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """float32 [W]: the log-probability of each of ``batch.targets``; and what its token's value
-        is, [W], where there is a head. ``model``: another's opinion."""
-        model = model or self.model
+        is, [W], where there is a head. ``routing`` is told what routers do; ``chosen``, int
+        [T, L, k], is what they are to do (and to tell). ``model``: another's opinion."""
+        model, layer = model or self.model, layer_of(self.config)
+        if chosen is not None:
+            assert routing is not None
+            layer = replaying(layer, chosen.to(self.device))
         table, values = model.unembedding.weight[: self.words], []
 
         def head(x: Tensor) -> Tensor:
             if self.head is not None:
                 values.append(self.head(x))
-            return logprobs(x, table, batch.targets)
+            return self.logprobs(x, table, batch.targets)
 
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast):
             found: Tensor = model(
@@ -93,7 +112,7 @@ class Policy:
                 lengths=batch.lengths,
                 wanted=batch.wanted,
                 head=head,
-                layer=layer_of(self.config),
+                layer=layer,
                 trace=routing or no_trace,
             )
         return found, values[0] if values else None

@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 
+from gptoss.backends import has_native
 from gptoss.backends.torch.modules import Transformer
+from gptoss.errors import BackendUnavailable
 from gptoss.text.tokenizer import Tokenizer
 from gptoss.train.batch import Document
 from gptoss.train.config import TrainConfig, Tuning
 from gptoss.train.corpus import Corpus
 from gptoss.train.lint import lint
+from gptoss.train.loss import logprobs
 from gptoss.train.objective import Rollouts
 from gptoss.train.policy import Minibatch, Policy
 from gptoss.train.recipes import build, numbers_of, tokenizer_of
@@ -42,10 +45,21 @@ def reinforce(
 
     ``corpus``: see ``prompts_of``. ``asked``: what else a run must agree on to go on.
     """
-    judges = Rewards(rewards)
-    sampler = Sampler(module, tokenizer, judges, rollouts, autocast=config.autocast)
+    judges, backend, scorer = Rewards(rewards), None, logprobs
+    if rollouts.batch_invariant:
+        if not has_native():
+            raise BackendUnavailable(
+                "batch_invariant needs the package's compiled core, which this installation lacks; "
+                "install a wheel or build with a C++20 compiler, or leave it out"
+            )
+        from gptoss.train import invariant
+
+        backend, scorer = invariant.make_invariant(module, config), invariant.logprobs
+    sampler = Sampler(
+        *(module, tokenizer, judges, rollouts), autocast=config.autocast, backend=backend
+    )
     reference = deepcopy(module).requires_grad_(False) if recipe.objective.kl else None
-    policy = Policy(module, sampler.words, config, value=recipe.values)
+    policy = Policy(module, sampler.words, config, value=recipe.values, logprobs=scorer)
     rounds = Rounds(recipe, policy, sampler, corpus, rollouts, reference)
     whole = asdict(rollouts) | asdict(recipe.objective) | {"rewards": judges.told}
     trainer: Trainer[Minibatch] = Trainer(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gptoss.backends.protocol import Sampling
+from gptoss.backends.protocol import Backend, Sampling
 from gptoss.backends.torch.backend import TorchBackend
 from gptoss.backends.torch.modules import Transformer
 from gptoss.engine import Answer as Drawn
@@ -25,6 +25,7 @@ from gptoss.text.tokenizer import STOP_NAMES, Tokenizer
 from gptoss.train.batch import IGNORE, Document
 from gptoss.train.conversation import KNOWN, messages_of
 from gptoss.train.objective import Rollouts
+from gptoss.train.replay import Chosen, Recorder
 from gptoss.train.reward import Rewards
 
 STEP_TOKENS = 512  # new tokens in one forward pass of the sampler
@@ -49,6 +50,7 @@ class Answer:
     messages: list[Message]
     reward: float
     parts: dict[str, float]  # each reward before its weight
+    chosen: Chosen | None = None  # [T, L, k] of the document's tokens, where it was recorded
 
     @property
     def document(self) -> Document:
@@ -79,7 +81,10 @@ def prompt(raw: Any, tokenizer: Tokenizer, origin: str, *, room: int) -> Prompt:
 
 
 class Sampler:
-    """Draws answers from a model that is being trained, and has them judged."""
+    """Draws answers from a model that is being trained, and has them judged.
+
+    ``backend``: runs the model's own tensors; by default as the trainer does.
+    """
 
     def __init__(
         self,
@@ -89,11 +94,12 @@ class Sampler:
         rollouts: Rollouts,
         *,
         autocast: bool = False,
+        backend: Backend | None = None,
     ) -> None:
         self.autocast = torch.autocast(
             model.embedding.weight.device.type, torch.bfloat16, enabled=autocast
         )
-        self.backend, self.tokenizer = TorchBackend.of(model), tokenizer
+        self.backend, self.tokenizer = backend or TorchBackend.of(model), tokenizer
         self.rewards, self.rollouts = rewards, rollouts
         self.words = sampled_size(tokenizer)  # ids from here on are never drawn
         self.stops = frozenset(tokenizer.specials[name] for name in STOP_NAMES)
@@ -106,8 +112,9 @@ class Sampler:
         most, group = self.rollouts.max_tokens, 1 if greedy else self.rollouts.group
         rows = min(self.rollouts.rows, len(prompts) * group)
         longest = max(len(prompt.tokens) for prompt in prompts) + most
+        recorder = Recorder(self.backend) if self.rollouts.replay_routing else None
         engine = Engine(
-            self.backend,
+            recorder or self.backend,
             vocab_size=self.words,
             max_tokens=rows * longest,
             step_tokens=max(STEP_TOKENS, rows),
@@ -136,12 +143,12 @@ class Sampler:
             if stream.error is not None:
                 raise stream.error
         return [
-            self._judged(prompt, answer)
+            self._judged(prompt, answer, recorder)
             for prompt, stream in zip(prompts, streams, strict=True)
             for answer in stream.answers
         ]
 
-    def _judged(self, prompt: Prompt, drawn: Drawn) -> Answer:
+    def _judged(self, prompt: Prompt, drawn: Drawn, recorder: Recorder | None) -> Answer:
         truncated = drawn.finish == "length"
         tools = tool_names(prompt.messages)
         messages = parse(drawn.tokens, self.tokenizer, tools=tools)
@@ -149,4 +156,6 @@ class Sampler:
         if not truncated:
             reward, parts = self.rewards(prompt.messages, messages, prompt.example, prompt.origin)
         logprobs = [d.logprob for d in drawn.drawn if d.logprob is not None]
-        return Answer(prompt, drawn.tokens, logprobs, truncated, messages, reward, parts)
+        read = [*prompt.tokens, *drawn.tokens[:-1]]
+        chosen = None if recorder is None else recorder.chosen(read)
+        return Answer(prompt, drawn.tokens, logprobs, truncated, messages, reward, parts, chosen)

@@ -9,7 +9,10 @@ Three log-probabilities belong to each token of an answer, and are kept apart:
 The last two come from the same call on the same batch, so at a round's first update every ratio is
 exactly 1. The first two come from the same weights and the same ``model.py``, but from products of
 other shapes, whose sums round differently: ``gap`` is their mean distance, ``gap_most`` the
-largest, said of every round; a run whose first gap is too large does not begin.
+largest, said of every round; a run whose first gap is too large does not begin. With
+``batch_invariant`` all three are the same number, and any gap is too large; with
+``replay_routing`` experts are no part of it, and ``rerouted`` is the share of choices, over tokens
+and layers, that the trainer would have made otherwise.
 """
 
 from collections.abc import Sequence
@@ -25,6 +28,7 @@ from gptoss.train.batch import collate
 from gptoss.train.corpus import Corpus
 from gptoss.train.objective import Grpo, Ppo, Rollouts
 from gptoss.train.policy import Minibatch, Policy
+from gptoss.train.replay import rerouted
 from gptoss.train.rollout import Answer, Prompt, Sampler
 from gptoss.train.routing import Routing
 
@@ -101,7 +105,7 @@ class Rounds:
         routing, config = Routing(), self.policy.config
         batch = minibatch.batch.to(self.policy.device)
         known = {name: x.to(self.policy.device) for name, x in minibatch.known.items()}
-        now, value = self.policy.score(batch, routing)
+        now, value = self.policy.score(batch, routing, minibatch.chosen)
         losses, said = self.recipe.losses(now, value, known)
         loss = (losses * batch.weights).sum()
         metrics = {name: float((x.detach() * batch.weights).sum()) for name, x in said.items()}
@@ -168,7 +172,14 @@ class Rounds:
             groups, collate([[documents[row] for row in group] for group in groups]), strict=True
         ):
             sampled = [logprob for row in group for logprob in answers[row].logprobs]
-            step.append(Minibatch(batch, group, {"sampled": torch.tensor(sampled)}, {}))
+            visited = [answers[row].chosen for row in group]
+            chosen = [torch.from_numpy(x) for x in visited if x is not None]
+            step.append(
+                Minibatch(
+                    *(batch, group, {"sampled": torch.tensor(sampled)}, {}),
+                    torch.cat(chosen) if chosen else None,
+                )
+            )
             self._score(step[-1])
         return step
 
@@ -176,8 +187,11 @@ class Rounds:
     def _score(self, minibatch: Minibatch) -> None:
         assert minibatch.batch is not None
         batch, known = minibatch.batch.to(self.policy.device), minibatch.known
-        old, value = self.policy.score(batch)
+        routing = None if minibatch.chosen is None else Routing()
+        old, value = self.policy.score(batch, routing, minibatch.chosen)
         known["old"] = old.cpu()
+        if routing is not None:
+            known["rerouted"] = rerouted(routing)[batch.wanted].cpu()
         if value is not None:
             known["value"] = value.cpu()
         if self.reference is not None:
@@ -185,9 +199,11 @@ class Rounds:
 
     def _gap(self, steps: list[Step]) -> dict[str, float]:
         """How far the sampler is from the trainer, who have the same weights."""
-        apart = torch.cat([(m.known["old"] - m.known["sampled"]).abs() for s in steps for m in s])
-        mean = float(apart.mean())
-        limit = self.rollouts.gap or (NARROW if self.policy.narrow else WIDE)
+        known = [m.known for step in steps for m in step]
+        apart = torch.cat([(k["old"] - k["sampled"]).abs() for k in known])
+        mean, limit = float(apart.mean()), self.rollouts.gap
+        if limit is None:
+            limit = NARROW if self.policy.narrow else 0 if self.rollouts.batch_invariant else WIDE
         if not (self.compared or mean <= limit):  # true for NaN
             raise TrainingError(
                 f"sampler and trainer have the same weights, but their log-probabilities differ by "
@@ -195,7 +211,10 @@ class Rounds:
                 "trained. Compute in float32, or say --gap if this is expected."
             )
         self.compared = True
-        return {"gap": mean, "gap_most": float(apart.max())}
+        found = {"gap": mean, "gap_most": float(apart.max())}
+        if self.rollouts.replay_routing:
+            found["rerouted"] = float(torch.cat([k["rerouted"] for k in known]).mean())
+        return found
 
 
 def statistics(answers: Sequence[Answer]) -> dict[str, float]:

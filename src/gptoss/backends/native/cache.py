@@ -5,6 +5,7 @@ A full layer keeps every page of its row. A sliding layer keeps the pages that i
 writes into a shared one copies it first. What lies in a page: ``csrc/ops/attention.hpp``.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -184,3 +185,17 @@ class NativeView:
         for strip, t in zip(strips, self.counts, strict=True):
             strip.advance(t)
         return out
+
+
+def attend_whole(
+    q: Floats, k: Floats, v: Floats, sinks: Floats, window: int | None, lengths: Sequence[int]
+) -> Floats:
+    """What ``NativeView.attend`` gives rows of these lengths that are all new; nothing is kept."""
+    size, out = _core.page_bytes("float32", *k.shape[1:]), np.empty(q.shape, np.float32)
+    strips = [Strip(size, None) for _ in lengths]
+    for strip, length in zip(strips, lengths, strict=True):
+        strip.extend(length)
+    starts, past = np.cumsum([0, *lengths], dtype=np.int32), np.zeros(len(lengths), np.int32)
+    tables: list[Any] = [strip.table for strip in strips]
+    _core.attend(q, k, v, sinks, out, starts, past, tables, window or 0, "float32")
+    return out

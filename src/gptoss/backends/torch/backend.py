@@ -11,7 +11,7 @@ from torch import Tensor
 from gptoss.backends.protocol import Batch, Cache, Sampling
 from gptoss.backends.sampling import sample_rows
 from gptoss.backends.torch.cache import TorchCache, TorchView
-from gptoss.backends.torch.modules import OPS, Transformer
+from gptoss.backends.torch.modules import Transformer
 from gptoss.backends.torch.ops import PackedTensor, TorchOps, dtype_of, from_numpy
 from gptoss.errors import BackendUnavailable
 from gptoss.model import model
@@ -56,7 +56,7 @@ class TorchBackend:
         backend = cls.__new__(cls)
         table = module.embedding.weight
         backend.config, backend.dtype, backend.device = module.config, table.dtype, table.device
-        backend.ops, backend.weights = OPS, module.tree()
+        backend.ops, backend.weights = module.ops, module.tree()
         return backend
 
     def new_cache(self, *, max_tokens: int) -> TorchCache:

@@ -269,7 +269,7 @@ class Transformer(nn.Module):
         packed: bool = False,
     ) -> None:
         super().__init__()
-        self.config, self.packed = config, packed
+        self.config, self.packed, self.ops = config, packed, OPS
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.block = nn.ModuleList(
             TransformerBlock(config, layer, attend, router(config), Experts(config, packed=packed))
@@ -379,7 +379,7 @@ class Transformer(nn.Module):
                 _lengths(tokens.shape) if lengths is None else lengths,
                 {i: block.attn.attend for i, block in enumerate(blocks)},
             ),
-            ops=OPS,
+            ops=self.ops,
             config=self.config,
             trace=trace,
             layer=layer,
