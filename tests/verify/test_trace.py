@@ -7,8 +7,10 @@ from gptoss.backends import load_backend
 from gptoss.engine import Engine, Request
 from gptoss.errors import GptOssError
 from gptoss.model.reference import softmax
+from gptoss.verify.diff import diff
 from gptoss.verify.mutants import planted
-from gptoss.verify.trace import Recorder, TraceFile, diff, record, replay, sketch
+from gptoss.verify.record import Recorder, record, replay, sketch
+from gptoss.verify.trace import TraceFile
 from tests.conftest import TINY
 
 TOKENS = np.random.default_rng(0).integers(0, TINY.vocab_size, 40).tolist()

@@ -16,6 +16,7 @@ from typing import Annotated
 from gptoss.cli import options
 from gptoss.cli.arguments import Option
 from gptoss.cli.tools import Tools
+from gptoss.cli.tracing import Recording
 from gptoss.errors import GptOssError
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
@@ -52,6 +53,7 @@ def run(
     *,
     tools: Tools,
     loading: options.Loading,
+    recording: Recording,
 ) -> None:
     """Serve a model over HTTP until Ctrl-C. The URL goes to stdout, a log to stderr."""
     try:
@@ -62,12 +64,14 @@ def run(
         raise GptOssError(
             f"serving needs {error.name}: install it with `pip install 'gptoss[serve]'`"
         ) from None
+    writer = recording.writer()
     taken = take_port(host, port)
     kept = Store(store)
     if host not in LOCAL and not api_key:
         print("gptoss: anybody who can reach this port may use it: no --api-key", file=sys.stderr)
     with tools.box() as box:
         llm = loading.load(model, conversations)
+        recording.attach(writer, llm, model)
         called = name or own_name(model)
         served = serve_model(llm, called, waiting=waiting, timeout=timeout, tools=box)
         set_up()
@@ -80,6 +84,8 @@ def run(
             ready=lambda: print(url(taken), flush=True),
         )
         server.run([taken])
+    if writer is not None:
+        writer.close()
 
 
 def own_name(model: str) -> str:

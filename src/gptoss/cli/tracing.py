@@ -9,34 +9,40 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from gptoss.cli.arguments import Option, WrongCommandLine
+from gptoss.cli.options import size
+from gptoss.errors import GptOssError
 
 if TYPE_CHECKING:
     from gptoss.llm import LLM
+    from gptoss.verify.traces import Writer
+
+Points = Annotated[
+    list[str] | None,
+    Option("--point", help="with --trace: keep these values whole, as attn.q; may be repeated"),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tracing:
-    """What is kept, and where."""
+    """What is kept of an answer, and where."""
 
     trace: Annotated[
         Path | None, Option(help="write what happened at every token here (the last answer's)")
     ] = None
-    point: Annotated[
-        list[str] | None,
-        Option("--point", help="with --trace: keep these values whole, as attn.q; may be repeated"),
-    ] = None
+    point: Points = None
+
+    def __post_init__(self) -> None:
+        check(self.trace, self.point)
 
     @contextmanager
     def of(self, llm: LLM, model: str) -> Iterator[None]:
         """Everything that is computed inside is kept, and written at the end."""
-        if self.point and self.trace is None:
-            raise WrongCommandLine("--point is for --trace")
         if self.trace is None:
             yield
             return
         from gptoss.checkpoint.open import open_checkpoint
         from gptoss.llm.models import resolve
-        from gptoss.verify.trace import Recorder, record
+        from gptoss.verify.record import Recorder, record
 
         engine = llm.tokens.engine
         recorder = Recorder(engine.backend, open_checkpoint(resolve(model)).read, self.point or ())
@@ -44,5 +50,67 @@ class Tracing:
         try:
             yield
         finally:
-            if recorder.rows:
+            if recorder.row.parts:
                 recorder.trace(model=model, backend=llm.plan.backend).save(self.trace)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """What is kept of every request, and where."""
+
+    trace: Annotated[
+        Path | None, Option(help="add what happened at every token of every request to this file")
+    ] = None
+    trace_size: Annotated[
+        str | None, Option(help="with --trace: stop at so many bytes", default="10GB")
+    ] = None
+    point: Points = None
+
+    def __post_init__(self) -> None:
+        check(self.trace, self.point)
+        if self.trace_size is not None and self.trace is None:
+            raise WrongCommandLine("--trace-size is for --trace")
+        self._most()
+
+    def writer(self) -> Writer | None:
+        """What writes the file. Raises GptOssError: there is a file of another kind."""
+        if self.trace is None:
+            return None
+        from gptoss.verify.traces import Writer
+
+        return Writer(self.trace)
+
+    def attach(self, writer: Writer | None, llm: LLM, model: str) -> None:
+        """From now on all requests are recorded as they run."""
+        if writer is None:
+            return
+        from gptoss.checkpoint.open import open_checkpoint
+        from gptoss.llm.models import resolve
+        from gptoss.verify.requests import MOST, Requests
+
+        requests = Requests(
+            llm.tokens.engine,
+            open_checkpoint(resolve(model)).read,
+            writer,
+            self.point or (),
+            most=self._most() or MOST,
+            model=model,
+            backend=llm.plan.backend,
+        )
+        requests.attach()
+
+    def _most(self) -> int | None:
+        try:
+            return size(self.trace_size)
+        except WrongCommandLine:
+            raise WrongCommandLine(
+                f"--trace-size: {self.trace_size!r} is not a size such as 12GB"
+            ) from None
+
+
+def check(trace: Path | None, points: list[str] | None) -> None:
+    """Whether there is anything to write, and a place: a slip must not wait for a model to load."""
+    if points and trace is None:
+        raise WrongCommandLine("--point is for --trace")
+    if trace is not None and (trace.is_dir() or not trace.parent.is_dir()):
+        raise GptOssError(f"{trace}: cannot be written; --trace names a file in a directory")

@@ -68,6 +68,7 @@ class Request:
     remember: bool = True  # keep what is computed for prompts that begin alike
     speculate: bool = True  # guess from the sequence's own n-grams; the answer is the same
     timeout: float | None = None  # seconds from submission until it ends with "deadline"
+    id: str = ""  # what whoever asked calls it, for who records
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", tuple(map(int, self.prompt)))

@@ -3,11 +3,12 @@
 import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gptoss.backends.protocol import Sampling
 from gptoss.engine import Constraint, Drawn, Request
 from gptoss.server.errors import refusing, unavailable
+from gptoss.server.gate import CURRENT
 from gptoss.server.served import Served
 
 
@@ -72,7 +73,7 @@ class Feed:
         self._arrived: asyncio.Queue[Drawn | None] = asyncio.Queue()
         self.meter = served.metrics.meter()
         with refusing():
-            self.stream = served.worker.submit(request, self._listen)
+            self.stream = served.worker.submit(replace(request, id=CURRENT.get()), self._listen)
 
     async def __aiter__(self) -> AsyncGenerator[Drawn, None]:
         """Raises the request's error, and ApiError if somebody else cancelled it."""

@@ -9,6 +9,7 @@ import asyncio
 import re
 import secrets
 import time
+from contextvars import ContextVar
 from ipaddress import ip_address
 from typing import Any
 
@@ -28,6 +29,7 @@ TOGETHER = 256 << 20  # bytes of all bodies that are here
 MOST = 512  # requests at once whose body has arrived
 ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 FIELD = re.compile(r"\w{1,40}", re.ASCII)
+CURRENT: ContextVar[str] = ContextVar("CURRENT", default="")  # the id of the request at hand
 
 
 def tell(request: Request, **fields: Any) -> None:
@@ -128,6 +130,7 @@ class Passage:
         self._scope, self._send, self._begun = scope, send, time.monotonic()
         self.told: dict[str, Any] = {}
         scope.setdefault("state", {}).update(id=self.id, told=self.told)
+        CURRENT.set(self.id)
 
     async def send(self, message: Message) -> None:
         """To the client, with the request's id."""

@@ -1,0 +1,200 @@
+"""Many traces in one file that is only ever added to: a server's requests, a training's steps.
+
+    gptoss-traces-1\n   once, in front
+    [4 bytes]           length of a header, little-endian
+    [8 bytes]           length of a body
+    header              JSON: key, id, past, end, prompt, after
+    body                a trace as ``trace.py`` has it, of some tokens
+
+Parts with one ``key`` are one trace; each has the tokens from ``past`` to ``end``, and tokens that
+come again replace what was. A trace may go on from another's first tokens: ``after`` is [key, how
+many]. What a killed process left half-written is not looked at, and the next to write there cuts
+it off. The ``id`` is who it is for people; of several with one id, the second is ID.1, and so on.
+"""
+
+import json
+import os
+import struct
+from collections import Counter
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import IO, Any
+
+from gptoss.errors import GptOssError
+from gptoss.verify.trace import Part, TraceFile, joined
+
+MAGIC = b"gptoss-traces-1\n"
+SIZES = struct.Struct("<IQ")
+SHOWN = 8  # ids that an error lists
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Where a part is."""
+
+    head: dict[str, Any]
+    start: int  # of the body
+    size: int
+
+
+class Writer:
+    """Adds parts to a file. Each is in the file, whole, when ``add`` returns.
+
+    Raises:
+        GptOssError: the file is there and is another kind.
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        end = _end(self.path) if self.path.exists() and self.path.stat().st_size else None
+        self._file = open(self.path, "ab")  # noqa: SIM115 (closed by ``close``)
+        if end is None:
+            self._put(MAGIC)
+        else:
+            self._file.truncate(end)
+        self.size = self._file.seek(0, os.SEEK_END)
+
+    def add(
+        self,
+        trace: TraceFile,
+        *,
+        key: str,
+        id: str,
+        past: int = 0,
+        after: tuple[str, int] | None = None,
+    ) -> None:
+        """One part."""
+        body = BytesIO()
+        trace.write(body)
+        end, prompt = past + len(trace.tokens), trace.about.get("prompt")
+        said = {"key": key, "id": id, "past": past, "end": end, "prompt": prompt, "after": after}
+        head = json.dumps(said).encode()
+        record = SIZES.pack(len(head), body.tell()) + head + body.getvalue()
+        self._put(record)
+        self.size += len(record)
+
+    def close(self) -> None:
+        """Nothing follows."""
+        self._file.close()
+
+    def _put(self, data: bytes) -> None:
+        self._file.write(data)
+        self._file.flush()
+
+
+class Traces:
+    """A file of many traces, of which only the headers have been read.
+
+    Raises:
+        GptOssError: it is another kind of file.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._pieces: dict[str, list[Piece]] = {}
+        with open(path, "rb") as file:
+            for piece in _pieces(file, str(path)):
+                self._pieces.setdefault(piece.head["key"], []).append(piece)
+        self.keys: dict[str, str] = {}  # by the name that a trace is called
+        seen = Counter[str]()
+        for key, pieces in self._pieces.items():
+            id = str(pieces[0].head["id"])
+            self.keys[id if not seen[id] else f"{id}.{seen[id]}"] = key
+            seen[id] += 1
+
+    @property
+    def names(self) -> list[str]:
+        """In the order in which they began."""
+        return list(self.keys)
+
+    def load(self, name: str) -> TraceFile:
+        """One trace, whole.
+
+        Raises:
+            GptOssError: there is none of this name, or a part of it is missing or damaged.
+        """
+        if name not in self.keys:
+            raise GptOssError(f"{self.path}: holds no trace {name!r}, only {self.listed()}")
+        return self._load(self.keys[name])
+
+    def size(self, name: str) -> tuple[int, int | None]:
+        """How many tokens a trace has, and of those the prompt; None: it is no answer."""
+        last = self._pieces[self.keys[name]][-1].head
+        return int(last["end"]), last["prompt"]
+
+    def listed(self) -> str:
+        """The names, for a sentence."""
+        more = f", ... ({len(self.keys)} in all)" if len(self.keys) > SHOWN else ""
+        return (", ".join(self.names[:SHOWN]) or "none") + more
+
+    def _load(self, key: str) -> TraceFile:
+        pieces, parts = self._pieces.get(key, []), list[Part]()
+        about: dict[str, Any] = {}
+        with open(self.path, "rb") as file:
+            for piece in pieces:
+                file.seek(piece.start)
+                found = TraceFile.read(BytesIO(file.read(piece.size)), f"{self.path}#{key}")
+                about = found.about
+                if piece.head["after"] and not parts:
+                    other, count = piece.head["after"]
+                    before = self._load(other).arrays
+                    parts.append((0, {name: x[:count] for name, x in before.items()}))
+                parts.append((piece.head["past"], found.arrays))
+        try:
+            return TraceFile(about, joined(parts))
+        except (ValueError, KeyError) as error:
+            raise GptOssError(f"{self.path}#{key}: is not whole: {error}") from None
+
+
+def is_traces(path: Path | str) -> bool:
+    """Whether a file holds many, by its first bytes. Raises OSError."""
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def open_trace(where: str) -> TraceFile:
+    """FILE, or FILE#ID where it holds many.
+
+    Raises:
+        GptOssError: there is no such trace.
+    """
+    path, _, name = where.partition("#") if not Path(where).exists() else (where, "", "")
+    if not is_traces(path):
+        if name:
+            raise GptOssError(f"{path}: holds one trace alone; leave #{name} out")
+        return TraceFile.load(path)
+    traces = Traces(path)
+    if not name and len(traces.names) == 1:
+        [name] = traces.names
+    if not name:
+        raise GptOssError(
+            f"{path}: holds {len(traces.names)} traces; say {path}#ID, of {traces.listed()}"
+        )
+    return traces.load(name)
+
+
+def _pieces(file: IO[bytes], origin: str) -> list[Piece]:
+    """Those that are whole, in order."""
+    if file.read(len(MAGIC)) != MAGIC:
+        raise GptOssError(f"{origin}: is no file of traces that gptoss has written")
+    size, found = os.fstat(file.fileno()).st_size, list[Piece]()
+    while len(sizes := file.read(SIZES.size)) == SIZES.size:
+        head, body = SIZES.unpack(sizes)
+        start = file.tell() + head
+        if start + body > size:
+            break
+        try:
+            found.append(Piece(json.loads(file.read(head)), start, body))
+        except ValueError:
+            raise GptOssError(f"{origin}: is damaged at byte {start - head}") from None
+        file.seek(start + body)
+    return found
+
+
+def _end(path: Path) -> int:
+    """Where the last whole part ends."""
+    with open(path, "rb") as file:
+        pieces = _pieces(file, str(path))
+    return pieces[-1].start + pieces[-1].size if pieces else len(MAGIC)
