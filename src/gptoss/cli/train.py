@@ -25,6 +25,7 @@ from gptoss.cli.terminal import bar, shown
 from gptoss.errors import BackendUnavailable
 from gptoss.train.config import Reading, TrainConfig, Tuning
 from gptoss.train.objective import Grpo, Ppo, Rollouts
+from gptoss.train.stop import Stopped
 
 if TYPE_CHECKING:
     from gptoss.text.tokenizer import Tokenizer
@@ -290,8 +291,12 @@ def torch_needed() -> Iterator[None]:
 @contextmanager
 def training(config: TrainConfig, out: Path) -> Iterator[tuple[Looked | None, Watch | None]]:
     """Around a recipe: how far it is, what it may refuse, and what to do with what it made."""
-    with usage(), bars(config) as watched:
-        yield watched
+    try:
+        with usage(), bars(config) as watched:
+            yield watched
+    except Stopped as stopped:
+        print(f"gptoss: {stopped}", file=sys.stderr)
+        raise SystemExit(128 + stopped.number) from None
     print(
         f"{out}: trained; `gptoss train export {out} DIRECTORY` writes the model", file=sys.stderr
     )

@@ -12,6 +12,7 @@ from gptoss.text.messages import CHANNELS, Role
 
 Schedule = Literal["constant", "linear", "cosine", "wsd"]
 NEW = {"save_every", "keep", "milestone", "threads", "tensorboard"}  # a run may go on with others
+NEW |= {"offload", "offload_dir", "force"}
 
 
 def said(default: Any, text: str, least: float | None = None, most: float | None = None) -> Any:
@@ -39,6 +40,12 @@ class TrainConfig:
     balance: float = said(0.0, "weight of the router's load-balancing loss")
     autocast: bool = said(False, "compute in bfloat16; parameters keep their own dtype")
     recompute: bool = said(False, "keep no activations inside layers: less memory, more time")
+    offload: Literal["optimizer", "parameters"] | None = said(
+        None,
+        "put away, in a GPU's host memory or in files, the optimiser's state; or that, gradients "
+        "and the layers not at work, which are then recomputed",
+    )
+    offload_dir: str | None = said(None, "put away in files here, not in memory or the run's own")
     seed: int = said(0, "of new parameters and of the order of the data")
     save_every: int = said(200, "steps between checkpoints", 1)
     keep: int = said(2, "newest checkpoints to keep", 1)
@@ -46,6 +53,7 @@ class TrainConfig:
     threads: int | None = said(None, "that compute; as many as there are cores", 1)
     device: str = said("cpu", "cpu or cuda")
     tensorboard: bool = said(False, "write for TensorBoard too")
+    force: bool = said(False, "begin even if memory is too little")
 
     def __post_init__(self) -> None:
         check(self)

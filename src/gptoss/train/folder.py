@@ -68,13 +68,16 @@ class Folder:
         """The newest checkpoint."""
         return newest(self.path)
 
-    def load(self) -> dict[str, Any] | None:
-        """What the newest checkpoint holds; lines of later steps are removed from the metrics."""
+    def load(self, *, mapped: bool = False) -> dict[str, Any] | None:
+        """What the newest checkpoint holds; lines of later steps are removed from the metrics.
+
+        ``mapped``: read as it is used, not into memory at once.
+        """
         latest = self.latest()
         if latest is None:
             self._forget(0)
             return None
-        state = read_state(latest)
+        state = read_state(latest, mapped=mapped)
         self._forget(state["step"])
         return state
 
@@ -145,10 +148,11 @@ def write(state: dict[str, Any], file: IO[bytes]) -> None:
         raise
 
 
-def read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path, *, mapped: bool = False) -> dict[str, Any]:
     """What a checkpoint of a run holds. Raises CheckpointError if it cannot be read."""
+    file = path / "state.pt"
     try:
-        state: dict[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise CheckpointError(

@@ -28,8 +28,10 @@ from torch import nn
 from gptoss.errors import CheckpointError, GptOssError, TrainingError
 from gptoss.train.config import TrainConfig, rate
 from gptoss.train.folder import Folder
-from gptoss.train.learner import Learner, Torch
+from gptoss.train.learner import Learner
+from gptoss.train.offload import learner_of
 from gptoss.train.show import Board, curves
+from gptoss.train.stop import Stop, Stopped
 
 B = TypeVar("B")
 Row = dict[str, Any]
@@ -71,12 +73,14 @@ class Trainer(Generic[B]):
         self.model, self.config, self.watch = model, config, watch
         self.share = share or (lambda step: rate(step, config))
         self.folder = Folder(path, asdict(config) | (asked or {}))
-        self.learner = Torch(model, config) if isinstance(model, nn.Module) else model
+        self.learner: Learner
+        self.learner = learner_of(model, config, path) if isinstance(model, nn.Module) else model
+        self.stop = Stop()
         self.step, self.position, self.tokens = 0, None, 0.0
         self._drawn = time.monotonic()
         self.board = Board(self.folder.path, config.tensorboard)
         torch.manual_seed(config.seed)
-        if (state := self.folder.load()) is not None:
+        if (state := self.folder.load(mapped=config.offload is not None)) is not None:
             self._restore(state)
 
     def run(self, draw: Draw[B], loss: Loss[B]) -> None:
@@ -85,25 +89,37 @@ class Trainer(Generic[B]):
         Raises:
             TrainingError: the loss is no number; the last checkpoint is kept.
             CheckpointError: a checkpoint could not be written; the last one is kept.
+            Stopped: SIGINT or SIGTERM came; the last finished step is kept.
         """
         try:
-            while self.step < self.config.steps:
-                began, random = time.perf_counter(), _random()
-                try:
-                    batches, after = draw(self.position)
-                    found = self._losses(batches, loss)
-                except Diverged:
-                    raise
-                except (GptOssError, ValueError, KeyboardInterrupt):
-                    self.save(random)
-                    raise
-                self.learner.update(found["rate"])
-                self.position, self.step = after, self.step + 1
-                self._report(found, time.perf_counter() - began)
-                if self.step % self.config.save_every == 0 or self.step == self.config.steps:
-                    self.save()
+            with self.stop.heard():
+                while self.step < self.config.steps and self.stop.number is None:
+                    self._advance(draw, loss)
+            if self.stop.number is not None and self.step < self.config.steps:
+                self.save()  # nothing where a step was left half done: that has been saved
+                raise Stopped(self.stop.number, self.folder.path, self.step)
         finally:
             self.close()
+
+    def _advance(self, draw: Draw[B], loss: Loss[B]) -> None:
+        """A step, and a checkpoint where one is due."""
+        began, random = time.perf_counter(), _random()
+        try:
+            with self.stop.interruptible():
+                batches, after = draw(self.position)
+                found = self._losses(batches, loss)
+        except Diverged:
+            raise
+        except (GptOssError, ValueError, KeyboardInterrupt):
+            self.save(random)
+            if self.stop.number is not None:
+                return  # as if this step had not begun
+            raise
+        self.learner.update(found["rate"])
+        self.position, self.step = after, self.step + 1
+        self._report(found, time.perf_counter() - began)
+        if self.step % self.config.save_every == 0 or self.step == self.config.steps:
+            self.save()
 
     def close(self) -> None:
         """Let others train here."""
