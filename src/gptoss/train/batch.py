@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -34,6 +35,44 @@ class Batch:
     weights: Tensor  # float [W], how much each counts; of all batches of a step the sum is 1
     share: float  # of the step's tokens
     origin: str
+    parts: int = 1  # that are computed apart, of which this is one
+
+    def part(self, index: int, count: int) -> "Batch":
+        """Of ``count`` parts with about as many tokens, the documents of one.
+
+        Where there are too few documents, a part is one token that counts for nothing.
+        """
+        ends = list(accumulate(self.lengths))
+        middles = [2 * end - n for end, n in zip(ends, self.lengths, strict=True)]
+        mine = [i for i, at in enumerate(middles) if at * count // (2 * ends[-1]) == index]
+        if not mine:
+            return self._hollow(count)
+        start, stop = ends[mine[0]] - self.lengths[mine[0]], ends[mine[-1]]
+        said = (self.wanted >= start) & (self.wanted < stop)
+        return replace(
+            self,
+            tokens=self.tokens[start:stop],
+            lengths=[self.lengths[i] for i in mine],
+            wanted=self.wanted[said] - start,
+            targets=self.targets[said],
+            weights=self.weights[said],
+            share=self.share * (stop - start) / len(self.tokens),
+            parts=count,
+        )
+
+    def _hollow(self, parts: int) -> "Batch":
+        first = self.tokens[:1]
+        nothing = self.weights.new_zeros(1)
+        return replace(
+            self,
+            tokens=first,
+            lengths=[1],
+            wanted=torch.zeros_like(first),
+            targets=first,
+            weights=nothing,
+            share=0.0,
+            parts=parts,
+        )
 
     def to(self, device: torch.device) -> "Batch":
         """The same on a device."""

@@ -60,10 +60,11 @@ def cross_entropy(
     Returns:
         The batch's share of the step's loss, and its share of the metrics.
     """
-    routing = Routing()
+    routing = Routing(batch.parts, hollow=not batch.share)
     scored = score(model, batch, config, routing, layer)
     surprise = -(scored * batch.weights.to(scored.device)).sum()
-    found = {"cross_entropy": surprise.item(), "tokens": float(len(batch.tokens))}
+    read = float(len(batch.tokens)) if batch.share else 0.0
+    found = {"cross_entropy": surprise.item(), "tokens": read}
     found |= {name: value * batch.share for name, value in routing.statistics().items()}
     if config.balance:
         return surprise + config.balance * batch.share * routing.uneven(), found

@@ -244,6 +244,10 @@ class TransformerBlock(nn.Module):
         """The parameters by the names the wiring reads."""
         return weights.Block(self.attn.tree(), self.mlp.tree())
 
+    def run(self, layer: Callable[..., Tensor], *rest: Any) -> Tensor:
+        """``layer``, as ``model.forward`` takes it, with the parameters as they are at its turn."""
+        return layer(self.tree(), *rest)
+
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """See ``model.decode_block``."""
         mixed: Tensor = self.mlp(self.attn(x, positions))
@@ -366,10 +370,11 @@ class Transformer(nn.Module):
         where = _positions(tokens.shape, tokens.device, positions)
         if lengths is not None and positions is None:
             where = torch.cat([torch.arange(n, device=tokens.device) for n in lengths])
-        tree = self.tree()
-        tree.unembedding = tree.unembedding if head is None else head
-        every = torch.arange(tokens.numel(), device=tokens.device)
         blocks: Any = self.block
+        tree = weights.Weights(
+            self.embedding.weight, [*blocks], self.norm.scale, head or self.unembedding.weight
+        )
+        every = torch.arange(tokens.numel(), device=tokens.device)
         logits: Tensor = model.forward(
             tree,
             tokens.reshape(-1),
@@ -382,7 +387,7 @@ class Transformer(nn.Module):
             ops=self.ops,
             config=self.config,
             trace=trace,
-            layer=layer,
+            layer=lambda block, *rest: block.run(layer or model.decode_block, *rest),
         )
         return logits.view(*tokens.shape, -1) if wanted is None and head is None else logits
 
