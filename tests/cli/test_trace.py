@@ -160,3 +160,29 @@ def test_what_was_told_is_there_after_a_kill_and_two_runs_compare(served, gptoss
     assert Traces(path).names == ["same", "mine", "same.1"]
     status, out, _ = gptoss_("diff", f"{path}#same", f"{path}#same.1")
     assert status == 0
+
+
+def test_training_traces_its_steps_and_two_runs_compare(gptoss_, toy, tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setattr("gptoss.train.trainer.curves", lambda rows, path: None)
+    turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    data = tmp_path / "data.jsonl"
+    data.write_text(f"{json.dumps({'messages': turns})}\n" * 4)
+    one, two = tmp_path / "one.traces", tmp_path / "two.traces"
+    sft = ("train", "sft", toy, data, "--steps", 3, "--tokens", 300, "--threads", 1, "--warmup", 0)
+    for path in (one, two):
+        run = ("--out", tmp_path / f"run-{path.stem}", "--trace", path, "--trace-every", 2)
+        status, _, err = gptoss_(*sft, *run)
+        assert status == 0, err
+    status, out, _ = gptoss_("diff", one, "--list")
+    assert status == 0 and [line.split(":")[0] for line in out.splitlines()] == ["step-1", "step-3"]
+    status, out, _ = gptoss_("diff", one, two)
+    assert status == 0 and out.startswith("2 traces, the last step-3: ")
+    other = ("--out", tmp_path / "other", "--trace", tmp_path / "other.traces", "--lr", "1e-2")
+    assert gptoss_(*sft, *other)[0] == 0
+    status, out, _ = gptoss_("diff", one, tmp_path / "other.traces")
+    assert status == 1 and out.startswith("step-3: ") and "values part at token 0" in out
+    status, _, err = gptoss_("diff", f"{one}#step-1")
+    assert status == 2 and "is not read anew" in err
+    status, _, err = gptoss_(*sft, "--out", tmp_path / "no", "--trace-every", 2)
+    assert status == 2 and "are for --trace" in err and not (tmp_path / "no").exists()

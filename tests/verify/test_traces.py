@@ -63,6 +63,7 @@ def test_a_torn_end_is_cut_off_by_who_writes_next(path):
     assert Traces(path).names == ["req", "other", "new"]
     assert open_trace(f"{path}#new").tokens == [7]
     assert writer.size == path.stat().st_size
+    assert path.stat().st_mode & 0o77 == 0  # its owner's alone
 
 
 def test_another_kind_of_file_is_left_alone(tmp_path):

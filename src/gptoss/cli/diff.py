@@ -113,6 +113,8 @@ def anew(a: TraceFile, on: str | None, edits: list[str], running: Running) -> Tr
     """The same tokens but for the edits, read by a model."""
     from gptoss.verify.record import Recorder, replay
 
+    if "targets" in a.arrays:
+        raise WrongCommandLine("a batch that was trained on is not read anew; give a second trace")
     tokens = a.tokens
     for said in edits:
         at, _, token = said.partition("=")

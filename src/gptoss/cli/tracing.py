@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +14,7 @@ from gptoss.errors import GptOssError
 
 if TYPE_CHECKING:
     from gptoss.llm import LLM
+    from gptoss.verify.steps import Steps
     from gptoss.verify.traces import Writer
 
 Points = Annotated[
@@ -70,7 +71,7 @@ class Recording:
         check(self.trace, self.point)
         if self.trace_size is not None and self.trace is None:
             raise WrongCommandLine("--trace-size is for --trace")
-        self._most()
+        bytes_of(self.trace_size)
 
     def writer(self) -> Writer | None:
         """What writes the file. Raises GptOssError: there is a file of another kind."""
@@ -93,19 +94,55 @@ class Recording:
             open_checkpoint(resolve(model)).read,
             writer,
             self.point or (),
-            most=self._most() or MOST,
+            most=bytes_of(self.trace_size) or MOST,
             model=model,
             backend=llm.plan.backend,
         )
         requests.attach()
 
-    def _most(self) -> int | None:
-        try:
-            return size(self.trace_size)
-        except WrongCommandLine:
-            raise WrongCommandLine(
-                f"--trace-size: {self.trace_size!r} is not a size such as 12GB"
-            ) from None
+
+@dataclass(frozen=True, kw_only=True)
+class Stepping:
+    """What is kept of a training, and where."""
+
+    trace: Annotated[
+        Path | None, Option(help="add what was computed of every token of a step to this file")
+    ] = None
+    trace_every: Annotated[
+        int | None, Option(min=1, help="with --trace: of each so-manieth step", default="1")
+    ] = None
+    trace_size: Annotated[
+        str | None, Option(help="with --trace: stop at so many bytes", default="10GB")
+    ] = None
+    point: Points = None
+
+    def __post_init__(self) -> None:
+        check(self.trace, self.point)
+        if self.trace is None and (self.trace_every or self.trace_size):
+            raise WrongCommandLine("--trace-every and --trace-size are for --trace")
+        bytes_of(self.trace_size)
+
+    @contextmanager
+    def observer(self, model: str) -> Iterator[Steps | None]:
+        """What a recipe may show its batches. Raises GptOssError: the file is another kind."""
+        if self.trace is None:
+            yield None
+            return
+        from gptoss.verify.requests import MOST
+        from gptoss.verify.steps import Steps
+        from gptoss.verify.traces import Writer
+
+        with closing(Writer(self.trace)) as writer:
+            most = bytes_of(self.trace_size) or MOST
+            yield Steps(writer, self.trace_every or 1, self.point or (), most=most, model=model)
+
+
+def bytes_of(said: str | None) -> int | None:
+    """What --trace-size says."""
+    try:
+        return size(said)
+    except WrongCommandLine:
+        raise WrongCommandLine(f"--trace-size: {said!r} is not a size such as 12GB") from None
 
 
 def check(trace: Path | None, points: list[str] | None) -> None:

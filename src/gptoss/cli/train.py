@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from gptoss.cli.arguments import Argument, Option, WrongCommandLine
 from gptoss.cli.endings import usage
 from gptoss.cli.terminal import bar, shown
+from gptoss.cli.tracing import Stepping
 from gptoss.errors import BackendUnavailable
 from gptoss.train.config import Reading, TrainConfig, Tuning
 from gptoss.train.objective import Grpo, Ppo, Rollouts
@@ -74,6 +75,7 @@ def sft(
     config: TrainConfig,
     reading: Reading,
     tuning: Tuning,
+    tracing: Stepping,
 ) -> None:
     """Train a checkpoint on conversations: all of it, adapters only (--lora), or for MXFP4 (--qat).
 
@@ -81,7 +83,7 @@ def sft(
     """
     with torch_needed():
         from gptoss.train import recipes
-    with training(config, out) as (looked, watch):
+    with tracing.observer(model) as observe, training(config, out) as (looked, watch):
         recipes.sft(
             model,
             data,
@@ -91,6 +93,7 @@ def sft(
             tuning=tuning,
             watch=watch,
             looked=looked,
+            observe=observe,
         )
 
 
@@ -102,6 +105,7 @@ def pretrain(
     *,
     config: TrainConfig,
     reading: Reading,
+    tracing: Stepping,
 ) -> None:
     """Train a new model on texts or conversations.
 
@@ -109,7 +113,7 @@ def pretrain(
     """
     with torch_needed():
         from gptoss.train import recipes
-    with training(config, out) as (looked, watch):
+    with tracing.observer(model) as observe, training(config, out) as (looked, watch):
         recipes.pretrain(
             model,
             data,
@@ -119,6 +123,7 @@ def pretrain(
             reading=reading,
             watch=watch,
             looked=looked,
+            observe=observe,
         )
 
 
@@ -132,6 +137,7 @@ def grpo(
     rollouts: Rollouts,
     objective: Grpo,
     tuning: Tuning,
+    tracing: Stepping,
 ) -> None:
     """Train a checkpoint on rewards: an answer is held against others to the same prompt.
 
@@ -139,7 +145,7 @@ def grpo(
     """
     with torch_needed():
         from gptoss.train import grpo as recipe
-    with training(config, out) as (looked, watch):
+    with tracing.observer(model) as observe, training(config, out) as (looked, watch):
         recipe.grpo(
             *(model, data, out, reward),
             config=config,
@@ -148,6 +154,7 @@ def grpo(
             tuning=tuning,
             watch=watch,
             looked=looked,
+            observe=observe,
         )
 
 
@@ -161,6 +168,7 @@ def ppo(
     rollouts: Rollouts,
     objective: Ppo,
     tuning: Tuning,
+    tracing: Stepping,
 ) -> None:
     """Train a checkpoint on rewards: a token is held against what a value head expected.
 
@@ -168,7 +176,7 @@ def ppo(
     """
     with torch_needed():
         from gptoss.train import ppo as recipe
-    with training(config, out) as (looked, watch):
+    with tracing.observer(model) as observe, training(config, out) as (looked, watch):
         recipe.ppo(
             *(model, data, out, reward),
             config=config,
@@ -177,6 +185,7 @@ def ppo(
             tuning=tuning,
             watch=watch,
             looked=looked,
+            observe=observe,
         )
 
 

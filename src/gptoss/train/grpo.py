@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gptoss.train.config import TrainConfig, Tuning
 from gptoss.train.objective import Grpo, Rollouts
+from gptoss.train.observe import Observe
 from gptoss.train.policy import Minibatch, clipped, divergence, ratios
 from gptoss.train.reinforce import from_checkpoint
 from gptoss.train.reward import Reward
@@ -35,6 +36,7 @@ def grpo(
     tuning: Tuning = Tuning(),  # noqa: B008
     watch: Callable[[Row], None] | None = None,
     looked: Callable[[int, int], None] | None = None,
+    observe: Observe | None = None,
 ) -> Trainer[Minibatch]:
     """Train a checkpoint on what functions say of its answers.
 
@@ -45,7 +47,7 @@ def grpo(
         rewards: functions, or how they are told; see ``reward.py``.
         config, rollouts, objective, tuning: how to train, how to draw answers, what to make of
             their rewards, and what of the model is trained.
-        watch, looked: as of ``sft``.
+        watch, looked, observe: as of ``sft``.
 
     Raises:
         TrainingError: a line is no prompt, a reward raised, the directory is taken.
@@ -59,6 +61,7 @@ def grpo(
         tuning=tuning,
         watch=watch,
         looked=looked,
+        observe=observe,
     )
 
 

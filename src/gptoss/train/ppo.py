@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gptoss.train.config import TrainConfig, Tuning
 from gptoss.train.objective import Ppo, Rollouts
+from gptoss.train.observe import Observe
 from gptoss.train.policy import Minibatch, clipped, divergence, ratios
 from gptoss.train.reinforce import from_checkpoint
 from gptoss.train.reward import Reward
@@ -33,6 +34,7 @@ def ppo(
     tuning: Tuning = Tuning(),  # noqa: B008
     watch: Callable[[Row], None] | None = None,
     looked: Callable[[int, int], None] | None = None,
+    observe: Observe | None = None,
 ) -> Trainer[Minibatch]:
     """As ``grpo``; the value head is saved with the run and is no part of what is exported."""
     recipe = Proximal(objective)
@@ -43,6 +45,7 @@ def ppo(
         tuning=tuning,
         watch=watch,
         looked=looked,
+        observe=observe,
     )
 
 

@@ -22,7 +22,7 @@ from gptoss.errors import TrainingError
 from gptoss.llm.models import resolve
 from gptoss.model.config import PRESETS, ModelConfig
 from gptoss.text.tokenizer import Tokenizer
-from gptoss.train.batch import Document
+from gptoss.train.batch import Batch, Document
 from gptoss.train.config import Reading, TrainConfig, Tuning
 from gptoss.train.conversation import documents
 from gptoss.train.corpus import Corpus
@@ -30,6 +30,7 @@ from gptoss.train.folder import newest, read_document, read_state, restore
 from gptoss.train.lint import lint
 from gptoss.train.lora import adapt
 from gptoss.train.loss import cross_entropy
+from gptoss.train.observe import Observe, observed
 from gptoss.train.quantize import quantize
 from gptoss.train.trainer import Row, Trainer
 
@@ -48,6 +49,7 @@ def sft(
     tuning: Tuning = Tuning(),  # noqa: B008
     watch: Watch | None = None,
     looked: Looked | None = None,
+    observe: Observe | None = None,
 ) -> Trainer[Any]:
     """Train a checkpoint on conversations: all of it, adapters only, or for MXFP4.
 
@@ -58,13 +60,14 @@ def sft(
         config, reading, tuning: how to train, what to learn from, and what is trained.
         watch: is told each step's metrics.
         looked: is told how many lines of how many have been checked before training.
+        observe: may see what a batch computes; see ``observe.py``.
 
     Raises:
         TrainingError: a line is no conversation, the loss is no number, the directory is taken.
         CheckpointError: the model cannot be read, or a checkpoint cannot be written.
     """
     asked = {"recipe": "sft", "model": str(model), "tokenizer": None, **asdict(tuning)}
-    return _supervised(asked, data, path, config, reading, watch, looked)
+    return _supervised(asked, data, path, config, reading, watch, looked, observe)
 
 
 def pretrain(
@@ -77,6 +80,7 @@ def pretrain(
     reading: Reading = Reading(),  # noqa: B008
     watch: Watch | None = None,
     looked: Looked | None = None,
+    observe: Observe | None = None,
 ) -> Trainer[Any]:
     """Train a new model. As ``sft``, but ``model`` is a preset's name or the path of a config.json.
 
@@ -84,7 +88,7 @@ def pretrain(
     """
     words = None if tokenizer is None else str(tokenizer)
     asked = {"recipe": "pretrain", "model": str(model), "tokenizer": words, **asdict(Tuning())}
-    return _supervised(asked, data, path, config, reading, watch, looked)
+    return _supervised(asked, data, path, config, reading, watch, looked, observe)
 
 
 def _supervised(
@@ -95,6 +99,7 @@ def _supervised(
     reading: Reading,
     watch: Watch | None,
     looked: Looked | None,
+    observe: Observe | None,
 ) -> Trainer[Any]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -113,9 +118,13 @@ def _supervised(
     trainer: Trainer[Any] = Trainer(
         module, config, path, asked=asked | asdict(reading), watch=watch
     )
+
+    def loss(batch: Batch) -> Any:
+        return cross_entropy(module, batch, config)
+
     trainer.run(
         lambda position: corpus.draw(position, tokens=reading.tokens, batches=reading.accumulate),
-        lambda batch: cross_entropy(module, batch, config),
+        observed(trainer, module, loss, observe),
     )
     return trainer
 

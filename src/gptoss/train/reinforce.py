@@ -18,6 +18,7 @@ from gptoss.train.corpus import Corpus
 from gptoss.train.lint import lint
 from gptoss.train.loss import logprobs
 from gptoss.train.objective import Rollouts
+from gptoss.train.observe import Observe, observed
 from gptoss.train.policy import Minibatch, Policy
 from gptoss.train.recipes import build, numbers_of, tokenizer_of
 from gptoss.train.reward import Reward, Rewards
@@ -40,12 +41,33 @@ def reinforce(
     rollouts: Rollouts,
     asked: dict[str, Any] | None = None,
     watch: Callable[[Row], None] | None = None,
+    observe: Observe | None = None,
 ) -> Trainer[Minibatch]:
     """Train a module on the rewards of its own answers, to the last step.
 
     ``corpus``: see ``prompts_of``. ``asked``: what else a run must agree on to go on.
     """
-    judges, backend, scorer = Rewards(rewards), None, logprobs
+    judges = Rewards(rewards)
+    rounds = rounds_of(module, tokenizer, corpus, judges, recipe, config, rollouts)
+    whole = asdict(rollouts) | asdict(recipe.objective) | {"rewards": judges.told}
+    trainer: Trainer[Minibatch] = Trainer(
+        module, config, path, asked=whole | (asked or {}), watch=watch
+    )
+    trainer.run(rounds.draw, observed(trainer, module, rounds.loss, observe))
+    return trainer
+
+
+def rounds_of(
+    module: Transformer,
+    tokenizer: Tokenizer,
+    corpus: Corpus,
+    judges: Rewards,
+    recipe: Recipe,
+    config: TrainConfig,
+    rollouts: Rollouts,
+) -> Rounds:
+    """Sampler and policy over a module's own tensors, and what goes on between them."""
+    backend, scorer = None, logprobs
     if rollouts.batch_invariant:
         if not has_native():
             raise BackendUnavailable(
@@ -60,13 +82,7 @@ def reinforce(
     )
     reference = deepcopy(module).requires_grad_(False) if recipe.objective.kl else None
     policy = Policy(module, sampler.words, config, value=recipe.values, logprobs=scorer)
-    rounds = Rounds(recipe, policy, sampler, corpus, rollouts, reference)
-    whole = asdict(rollouts) | asdict(recipe.objective) | {"rewards": judges.told}
-    trainer: Trainer[Minibatch] = Trainer(
-        module, config, path, asked=whole | (asked or {}), watch=watch
-    )
-    trainer.run(rounds.draw, rounds.loss)
-    return trainer
+    return Rounds(recipe, policy, sampler, corpus, rollouts, reference)
 
 
 def from_checkpoint(
@@ -81,6 +97,7 @@ def from_checkpoint(
     tuning: Tuning,
     watch: Callable[[Row], None] | None,
     looked: Callable[[int, int], None] | None,
+    observe: Observe | None,
 ) -> Trainer[Minibatch]:
     """``reinforce`` by names, as ``sft`` does it."""
     if config.threads is not None:
@@ -100,6 +117,7 @@ def from_checkpoint(
         rollouts=rollouts,
         asked=asked,
         watch=watch,
+        observe=observe,
     )
 
 

@@ -41,6 +41,8 @@ class Piece:
 class Writer:
     """Adds parts to a file. Each is in the file, whole, when ``add`` returns.
 
+    A new file is its owner's alone: it holds what people said.
+
     Raises:
         GptOssError: the file is there and is another kind.
         OSError: it cannot be written.
@@ -49,7 +51,7 @@ class Writer:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         end = _end(self.path) if self.path.exists() and self.path.stat().st_size else None
-        self._file = open(self.path, "ab")  # noqa: SIM115 (closed by ``close``)
+        self._file = open(self.path, "ab", opener=_private)  # noqa: SIM115 (see ``close``)
         if end is None:
             self._put(MAGIC)
         else:
@@ -173,6 +175,10 @@ def open_trace(where: str) -> TraceFile:
             f"{path}: holds {len(traces.names)} traces; say {path}#ID, of {traces.listed()}"
         )
     return traces.load(name)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _pieces(file: IO[bytes], origin: str) -> list[Piece]:
