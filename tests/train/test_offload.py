@@ -34,8 +34,7 @@ def offloaded(path, shelf, make=whole, config=CONFIG):
     """A run of which everything that can be is put away."""
     learner = Offloaded(make(), config, shelf)
     run = Trainer(learner, config, path)
-    layer = {"layer": learner.layer} if learner.streams else {}
-    run.run(draw, lambda batch: cross_entropy(learner.model, batch, config, **layer))
+    run.run(draw, lambda batch: cross_entropy(learner.model, batch, config, learner.layer))
     return run.folder.rows(), learner
 
 

@@ -3,6 +3,7 @@
 ``Learner`` says what is asked of them; ``Torch`` is a torch module's. MLX's: ``train/mlx.py``.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -39,6 +40,8 @@ class Learner(Protocol):
 
 class Torch:
     """A module's parameters that want a gradient. ``loss`` gives a tensor and its metrics."""
+
+    layer: Callable[..., Any] | None = None  # what computes a layer, if not the config says it
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         self.model, self.optimizers = model, optimizers(model, config)

@@ -9,6 +9,7 @@ takes one parameter after another. No number changes: on a CPU a run is the same
 go on with or without. After ZeRO-Infinity, Rajbhandari et al. 2021, https://arxiv.org/abs/2104.07857
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,19 @@ def learner_of(
     return Offloaded(model, config, shelf or shelf_of(config, path))
 
 
+def keeper(shelf: Shelf, device: str) -> Callable[[str, Tensor], Tensor]:
+    """For ``Transformer.from_checkpoint``: large tensors of layers are put on the shelf."""
+
+    def keep(name: str, x: Tensor) -> Tensor:
+        return shelf.put(x) if name.startswith("block.") and large(x) else x.to(device)
+
+    return keep
+
+
 class Offloaded(Torch):
     """See the module, and ``Learner``.
 
-    With "parameters" the loss must compute layers by ``layer``, as ``model.forward`` takes it.
+    With "parameters" the loss must compute layers by ``layer``.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, shelf: Shelf) -> None:
@@ -58,23 +68,12 @@ class Offloaded(Torch):
         self._resting: set[Tensor] = set()  # these
         self._here: int | None = None  # the layer whose parameters have been fetched
         if self.streams:
+            self.layer = self._computed
             blocks: Any = model.block
             self._layers = [self._away(block) for block in blocks]
             self._resting = {x for layer in self._layers for x, _ in layer}
             for p in filter(large, self.owner):
                 p.register_post_accumulate_grad_hook(self._put_gradient)
-
-    def layer(self, w: Any, x: Tensor, positions: Tensor, index: int, *rest: Any) -> Tensor:
-        """``model.decode_block`` of a layer that is fetched first, and again on the way back."""
-
-        def fetched(*args: Any) -> Any:
-            self._fetch(index)
-            return wiring.decode_block(*args)
-
-        args = (w, x, positions, index, *rest)
-        found: Tensor
-        found = checkpoint(fetched, *args, use_reentrant=False, preserve_rng_state=False)
-        return found
 
     def begin(self) -> None:
         """See ``Learner.begin``."""
@@ -124,6 +123,18 @@ class Offloaded(Torch):
                 known = {name: self._back(x.to(self.device), None) for name, x in state.items()}
                 optimizer.state[params[index]] = known
         self.shelf.forget()
+
+    def _computed(self, w: Any, x: Tensor, positions: Tensor, index: int, *rest: Any) -> Tensor:
+        """``model.decode_block`` of a layer that is fetched first, and again on the way back."""
+
+        def fetched(*args: Any) -> Any:
+            self._fetch(index)
+            return wiring.decode_block(*args)
+
+        args = (w, x, positions, index, *rest)
+        found: Tensor
+        found = checkpoint(fetched, *args, use_reentrant=False, preserve_rng_state=False)
+        return found
 
     def _step(self, p: Tensor, gradient: Tensor) -> None:
         """The optimiser's step of one parameter, with all that belongs to it fetched."""

@@ -292,10 +292,12 @@ class Transformer(nn.Module):
         dtype: torch.dtype | str = "bfloat16",
         *,
         packed: bool = True,
+        keep: Callable[[str, Tensor], Tensor] | None = None,
     ) -> "Transformer":
         """The model in a checkpoint of any layout, in memory of its own.
 
         ``packed``: experts that are stored as MXFP4 stay so; False decodes them, to be trained.
+        ``keep``: puts each tensor, as soon as it is read, to where it shall lie.
 
         Raises:
             ValueError: an unknown dtype.
@@ -309,15 +311,19 @@ class Transformer(nn.Module):
         for spec in weights.specs(checkpoint.config):
             stored = checkpoint.read(spec.name)
             if not isinstance(stored, Packed):
-                state[spec.name] = from_numpy(stored).to(
-                    device, dtype, copy=True, memory_format=torch.contiguous_format
-                )
-                continue
-            tensor = PackedTensor(*(from_numpy(x.copy()) for x in (stored.blocks, stored.scales)))
-            if module.packed:
-                state |= {f"{spec.name}.{k}": v for k, v in tensor.to(device).state_dict().items()}
+                found = {
+                    "": from_numpy(stored).to(
+                        device, dtype, copy=True, memory_format=torch.contiguous_format
+                    )
+                }
             else:
-                state[spec.name] = tensor.to(device).decode(dtype)
+                parts = (from_numpy(x.copy()) for x in (stored.blocks, stored.scales))
+                tensor = PackedTensor(*parts).to(device)
+                found = {f".{k}": v for k, v in tensor.state_dict().items()}
+                found = found if module.packed else {"": tensor.decode(dtype)}
+            for end, x in found.items():
+                name = spec.name + end
+                state[name] = x if keep is None else keep(name, x)
         module.load_state_dict(state, assign=True)
         return module
 

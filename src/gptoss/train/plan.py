@@ -1,0 +1,199 @@
+"""What a run will take of memory: worked out from shapes, and said before a weight is read.
+
+What backward needs was counted on small models (``tests/train/test_plan.py`` counts again); what an
+allocator wastes was not.
+"""
+
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from gptoss.backends.torch.memory import free_memory
+from gptoss.errors import TrainingError
+from gptoss.llm.memory import available_memory
+from gptoss.llm.needs import BYTES, PACKED, counts, estimate
+from gptoss.llm.plan import size
+from gptoss.model.config import ModelConfig
+from gptoss.model.weights import specs
+from gptoss.train.config import TrainConfig, Tuning
+from gptoss.train.loss import CHUNK
+from gptoss.train.objective import Rollouts
+
+NARROW = 0.62  # of float32's activations, what bfloat16 keeps: norms and scores stay wide
+PROMPT = 512  # tokens of a prompt, as long as nobody has counted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """Bytes of memory, estimated."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int  # of the largest batch, its loss included
+    rollouts: int  # answers' keys and values, and the model that answers are held to
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a run takes, and what there is."""
+
+    name: str  # the model's
+    device: str
+    needs: Needs  # where it computes
+    available: int | None  # there; None: unknown
+    away: int  # bytes that are put away
+    shelf: str  # where to
+    room: int | None  # bytes that are free there
+    state: int  # bytes of a checkpoint
+    disk: int  # bytes that are free for it
+
+    def __str__(self) -> str:
+        parts = " + ".join(f"{name} {size(n)}" for name, n in asdict(self.needs).items() if n)
+        have = "" if self.available is None else f"; {size(self.available)} free"
+        away = f"; {size(self.away)} put away in {self.shelf}" if self.away else ""
+        memory = f"memory {size(self.needs.total)} = {parts}{have}{away}"
+        return f"{self.name} on {self.device}: {memory}; {size(self.state)} a checkpoint"
+
+    def check(self, config: TrainConfig) -> None:
+        """Raises TrainingError where it cannot fit, unless ``config.force``."""
+        if config.force:
+            return
+        needed = f"{self.name} needs about"
+        if self.available is not None and self.needs.total > self.available:
+            raise TrainingError(
+                f"{needed} {size(self.needs.total)} of memory to be trained like this, but "
+                f"{size(self.available)} are free. Try {', '.join(_savings(self.needs, config))}, "
+                "or --force to begin anyway."
+            )
+        if self.room is not None and self.away > self.room:
+            raise TrainingError(
+                f"{needed} {size(self.away)} in {self.shelf} beside memory, but {size(self.room)} "
+                "are free there. Make room, name another --offload-dir, or --force to begin anyway."
+            )
+        if self.state > self.disk:
+            raise TrainingError(
+                f"{needed} {size(self.state)} of disk for a checkpoint, but {size(self.disk)} are "
+                "free. Make room, choose another disk, or --force to begin anyway."
+            )
+
+
+def make_plan(
+    name: str,
+    numbers: ModelConfig,
+    path: Path | str,
+    config: TrainConfig,
+    tuning: Tuning,
+    tokens: int,
+    *,
+    packed: bool = True,
+    rollouts: Rollouts | None = None,
+    reference: bool = False,
+) -> Plan:
+    """What a run in the directory ``path`` takes.
+
+    Args:
+        name, numbers: the model, and how large it is.
+        tokens: most of a batch.
+        packed: whether the checkpoint's experts are.
+        rollouts, reference: of recipes on rewards: how answers are drawn, and whether the model
+            that training began with is kept.
+    """
+    width, c = BYTES[tuning.dtype], numbers
+    outside = 2 * c.vocab_size * c.hidden_size + c.hidden_size
+    dense, experts = counts(c)
+    stored = width * (dense - outside) + experts * (PACKED if tuning.lora and packed else width)
+    inside, trained, wide = dense - outside + experts, dense + experts, width
+    largest = max(math.prod(spec.shape) for spec in specs(c))
+    if tuning.lora:
+        inside, wide = sum(_adapters(c, tuning.lora)), BYTES["float32"]
+        trained, largest, stored = inside, max(_adapters(c, tuning.lora)), stored + wide * inside
+    moments = 2 * trained - (inside if config.muon is not None else 0)
+    layer = inside / c.num_hidden_layers
+    needs = {
+        "parameters": width * outside + stored,
+        "gradients": wide * trained,
+        "optimizer": wide * moments,
+        "activations": _activations(c, config, tuning, tokens) + wide * largest,
+        "rollouts": _rollouts(c, rollouts, tuning.dtype) if rollouts else 0,
+    }
+    if reference:
+        needs["rollouts"] += needs["parameters"]
+    state, away = wide * (trained + moments), 0.0
+    if config.offload:
+        away, needs["optimizer"] = away + needs["optimizer"], 2 * wide * largest
+    if config.offload == "parameters":
+        away += needs["gradients"] + stored
+        needs["parameters"] += stored / c.num_hidden_layers - stored
+        needs["gradients"] = wide * max(layer, largest)
+    host = config.offload_dir is None and config.device.startswith("cuda")
+    shelf = Path(config.offload_dir or path)
+    return Plan(
+        name=name,
+        device=config.device,
+        needs=Needs(**{key: round(value) for key, value in needs.items()}),
+        available=available_memory() if config.device == "cpu" else free_memory(config.device),
+        away=round(away),
+        shelf="host memory" if host else str(shelf),
+        room=available_memory() if host else _free(shelf),
+        state=round(state),
+        disk=_free(Path(path)),
+    )
+
+
+def _activations(c: ModelConfig, config: TrainConfig, tuning: Tuning, tokens: int) -> float:
+    """What backward needs of a batch, and the logits that are there together."""
+    D, F, H, K = c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_key_value_heads
+    each = 6 * D + c.experts_per_token * (7 * F + 2 * D) + c.head_dim * (3.3 * H + 3 * K + 3)
+    narrow = config.autocast or tuning.dtype == "bfloat16"
+    whole = config.recompute or config.offload == "parameters"  # layers are computed again
+    layers = 1 if whole else c.num_hidden_layers
+    kept = each * layers + D * (c.num_hidden_layers if whole else 1)
+    copies = 0.0  # autocast's, of weights
+    if config.autocast and tuning.dtype == "float32" and not tuning.lora:
+        copies = 2 * sum(counts(c)) * layers / c.num_hidden_layers
+    logits = 3 * min(CHUNK, tokens * c.vocab_size)
+    return 4 * (tokens * kept * (NARROW if narrow else 1.0) + logits) + copies
+
+
+def _adapters(c: ModelConfig, rank: int) -> list[int]:
+    """Parameters of each stack of adapters: see ``lora.adapt``."""
+    D, F, E = c.hidden_size, c.intermediate_size, c.num_experts
+    heads = c.head_dim * c.num_attention_heads
+    sides = [D, c.qkv_size, heads, D, E * D, E * 2 * F, E * F, E * D]
+    return [rank * side for side in sides] * c.num_hidden_layers
+
+
+def _rollouts(c: ModelConfig, rollouts: Rollouts, dtype: str) -> int:
+    rows = min(rollouts.rows, rollouts.prompts * rollouts.group)
+    room = min(rollouts.max_tokens + PROMPT, c.context_length)
+    cache = estimate(c, "torch", dtype, room, conversations=rows).cache
+    return cache + 3 * BYTES["float32"] * rows * c.vocab_size
+
+
+def _savings(needs: Needs, config: TrainConfig) -> Iterator[str]:
+    """What would help, the cheapest first."""
+    if needs.activations > needs.total / 4:
+        if not config.recompute:
+            yield "--recompute"
+        yield "fewer --tokens"
+    if needs.rollouts > needs.total / 4:
+        yield "fewer --rows"
+    yield "--lora"
+    if config.offload is None:
+        yield "--offload optimizer"
+    elif config.offload == "optimizer":
+        yield "--offload parameters"
+
+
+def _free(path: Path) -> int:
+    """Bytes of disk for a directory that need not be there yet."""
+    whole = path.absolute()
+    return shutil.disk_usage(next(p for p in (whole, *whole.parents) if p.exists())).free
