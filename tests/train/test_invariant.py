@@ -156,11 +156,13 @@ def test_one_bit_of_a_difference_is_refused(parameters, tmp_path):
     other, _ = invariant(parameters)
     policy = Policy(other, TOKENIZER.vocab_size, CONFIG, logprobs=logprobs)
     recipe = GroupRelative(Grpo(), EXACT.group)
-    Rounds(recipe, policy, sampler, corpus, EXACT).draw(None)
+    run = Rounds(recipe, policy, sampler, corpus, EXACT)
+    _, at = run.draw(None)
     with torch.no_grad():
         other.norm.scale.copy_(other.norm.scale.nextafter(torch.tensor(9.0)))
-    with pytest.raises(TrainingError, match="differ by .* more than 0: what is drawn"):
-        Rounds(recipe, policy, sampler, corpus, EXACT).draw(None)
+    for position in (None, at):  # at the beginning and in a later round
+        with pytest.raises(TrainingError, match="differ by .* more than 0: what is drawn"):
+            run.draw(position)
 
 
 @pytest.mark.parametrize(

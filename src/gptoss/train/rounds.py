@@ -10,7 +10,7 @@ The last two come from the same call on the same batch, so at a round's first up
 exactly 1. The first two come from the same weights and the same ``model.py``, but from products of
 other shapes, whose sums round differently: ``gap`` is their mean distance, ``gap_most`` the
 largest, said of every round; a run whose first gap is too large does not begin. With
-``batch_invariant`` all three are the same number, and any gap is too large; with
+``batch_invariant`` all three are the same number, and a gap in any round ends the run. With
 ``replay_routing`` experts are no part of it, and ``rerouted`` is the share of choices, over tokens
 and layers, that the trainer would have made otherwise.
 """
@@ -204,7 +204,7 @@ class Rounds:
         mean, limit = float(apart.mean()), self.rollouts.gap
         if limit is None:
             limit = NARROW if self.policy.narrow else 0 if self.rollouts.batch_invariant else WIDE
-        if not (self.compared or mean <= limit):  # true for NaN
+        if not ((self.compared and limit) or mean <= limit):  # true for NaN
             raise TrainingError(
                 f"sampler and trainer have the same weights, but their log-probabilities differ by "
                 f"{mean:.2g} a token, more than {limit:g}: what is drawn is not what would be "
