@@ -11,9 +11,9 @@ pytest.importorskip("mlx.core")
 import mlx.core as mx
 
 from gptoss.backends import load_backend
-from gptoss.backends.mlx import MlxBackend, cache, ops, rows
+from gptoss.backends.mlx import MlxBackend, cache, ops
 from gptoss.backends.protocol import Batch
-from gptoss.errors import BackendUnavailable, CacheFull, CheckpointError
+from gptoss.errors import BackendUnavailable
 from gptoss.model.mxfp4 import Packed, decode, encode
 from gptoss.model.reference import NumpyOps, rope_tables
 from gptoss.model.weights import random_weights
@@ -123,10 +123,10 @@ def test_rounded_matrices_are_the_numbers_they_stand_for(monkeypatch):
     w = np.random.default_rng(0).standard_normal((130, 96)).astype(np.float32)
     for bits in (4, 8):
         rounded = ops.AffineArray.of(mx.array(w), bits)
-        ours = np.array(rounded.multiply(mx.eye(96))).T
+        ours = np.array(rounded.product(mx.eye(96))).T
         step = np.ptp(w.reshape(130, 3, 32), axis=-1) / (2**bits - 1)
         error = np.abs(ours - w).reshape(130, 3, 32).max(axis=-1)
-        assert np.array(rounded.multiply(mx.zeros((0, 96)))).shape == (0, 130)
+        assert np.array(rounded.product(mx.zeros((0, 96)))).shape == (0, 130)
         assert (error <= step).all()  # MLX shifts the grid so that zero lies on it
 
 
@@ -243,71 +243,3 @@ def test_fused_functions_are_what_they_fuse():
     assert mx.allclose(compiled, ops._activate(x, x, limit), atol=1e-6)
     a, b = ops._compiled(ops._rotate)(x, x, x, x)
     assert mx.allclose(mx.stack([a, b]), mx.stack(ops._rotate(x, x, x, x)), atol=1e-6)
-
-
-# Rows as files
-
-KEPT = replace(TINY, head_dim=32)
-
-
-@pytest.fixture
-def written(tmp_path, kv):
-    """A backend, a text that is longer than the sliding layers hold, and the file of its row."""
-    backend = loaded(KEPT, random_weights(KEPT), kv=kv)
-    memory = backend.new_cache(max_tokens=1000)
-    slot = memory.open()
-    for past in range(0, 600, 200):
-        backend.forward(Batch.of([text(600)[past : past + 200]], [past], [slot]), memory)
-    rows.save_row(memory, slot, text(600), tmp_path / "row")
-    assert [p.name for p in tmp_path.iterdir()] == ["row"]
-    more = backend.forward(Batch.of([[7, 8]], [600], [slot]), memory)
-    return backend, tmp_path / "row", backend.to_numpy(more)
-
-
-@pytest.mark.parametrize("kv", [None, "int8"])
-def test_a_row_goes_on_from_its_file(written):
-    backend, path, expected = written
-    memory = backend.new_cache(max_tokens=700)
-    slot, tokens = rows.load_row(memory, path)
-    assert tokens == text(600)
-    ours = backend.forward(Batch.of([[7, 8]], [600], [slot]), memory)
-    np.testing.assert_array_equal(backend.to_numpy(ours), expected)
-    with pytest.raises(CacheFull):
-        rows.load_row(memory, path)
-    memory.reserve(slot, 700)  # the refused one took nothing
-
-
-@pytest.mark.parametrize("kv", [None])
-def test_a_row_of_another_model_or_damaged_is_refused(written):
-    backend, path, _ = written
-    for other in (replace(KEPT, rope_theta=1e4), replace(KEPT, num_hidden_layers=2)):
-        memory = loaded(other, random_weights(other)).new_cache(max_tokens=700)
-        with pytest.raises(CheckpointError, match="not a row of this model's cache"):
-            rows.load_row(memory, path)
-    memory = loaded(KEPT, random_weights(KEPT), kv="int8").new_cache(max_tokens=700)
-    with pytest.raises(CheckpointError, match="kept as it is kept here"):
-        rows.load_row(memory, path)
-    memory = backend.new_cache(max_tokens=700)
-    arrays = mx.load(str(path), format="safetensors")
-    for change, damaged in {
-        "cut": lambda a: a | {"1.0": a["1.0"][:, :, :-1]},
-        "thin": lambda a: a | {"2.1": a["2.1"][:, :1]},
-        "lost": lambda a: {n: x for n, x in a.items() if n != "3.1"},
-        "more": lambda a: a | {"9.9": a["0.0"]},
-        "half": lambda a: a | {"0.0": a["0.0"].astype(mx.float16)},
-    }.items():
-        wrong = path.with_name(f"{change}.safetensors")
-        mx.save_safetensors(str(wrong), damaged(arrays), {"format": "mlx"})
-        with pytest.raises(CheckpointError, match=r"are damaged|holds what no row"):
-            rows.load_row(memory, wrong)
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(CheckpointError, match="incomplete or damaged"):
-        rows.load_row(memory, path)
-    assert memory.open() == 0  # nothing was opened for any of them
-
-
-def test_a_row_is_saved_with_its_own_tokens_only(tmp_path):
-    memory = loaded(TINY, random_weights(TINY)).new_cache(max_tokens=10)
-    with pytest.raises(ValueError, match="holds 0 tokens, not 3"):
-        rows.save_row(memory, memory.open(), [1, 2, 3], tmp_path / "row")
-    assert not list(tmp_path.iterdir())

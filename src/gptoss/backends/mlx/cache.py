@@ -3,22 +3,26 @@
 Arrays of MLX are values: two rows that share a prefix share its bytes until one of them writes.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
+import ml_dtypes
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from gptoss.backends.mlx.ops import on_cpu
 from gptoss.backends.protocol import Batch
-from gptoss.backends.slots import Slots, check_held
+from gptoss.backends.slots import StripCache
 from gptoss.model.config import ModelConfig
 
+BF16 = np.dtype(ml_dtypes.bfloat16)
 SPARE = 128  # tokens that a row can always be rewound from the longest it has been
 QUERIES = 256  # of one row, attended together at most
 SCORES = 1 << 23  # H * queries * keys together at most on a CPU, which holds them all
 
 
-class MlxCache(Slots):
+class MlxCache(StripCache):
     """Per slot and layer, the keys and values so far.
 
     A full layer holds the whole row. A sliding layer holds the window and what may be rewound into:
@@ -32,12 +36,11 @@ class MlxCache(Slots):
     def __init__(
         self, config: ModelConfig, max_tokens: int, dtype: mx.Dtype, group: int | None = None
     ) -> None:
-        super().__init__(max_tokens)
-        self.config, self.dtype, self.group = config, dtype, group
+        self.dtype, self.group = dtype, group
         token = mx.zeros((1, config.num_key_value_heads, 1, config.head_dim), dtype)
-        self.empty = [x[:, :, :0] for x in self.pack(token, token)]
-        mx.eval(self.empty)
-        self.strips: dict[int, list[Strip]] = {}  # by slot, then by layer
+        empty = [x[:, :, :0] for x in self.pack(token, token)]
+        mx.eval(empty)
+        super().__init__(config, max_tokens, partial(Strip, empty))
 
     @property
     def nbytes(self) -> int:
@@ -56,36 +59,6 @@ class MlxCache(Slots):
             return parts[0], parts[1]
         (kw, ks, kb), (vw, vs, vb), group = parts[:3], parts[3:], self.group
         return mx.dequantize(kw, ks, kb, group, 8), mx.dequantize(vw, vs, vb, group, 8)
-
-    def open(self) -> int:
-        """See ``Cache.open``."""
-        slot = super().open()
-        windows = map(self.config.window, range(self.config.num_hidden_layers))
-        self.strips[slot] = [Strip(self.empty, window) for window in windows]
-        return slot
-
-    def truncate(self, slot: int, length: int) -> None:
-        """See ``Cache.truncate``."""
-        check_held(slot, length, self.strips[slot])
-        super().truncate(slot, length)
-        self.strips[slot] = [strip.head(length) for strip in self.strips[slot]]
-
-    def fork(self, slot: int, length: int) -> int:
-        """See ``Cache.fork``."""
-        check_held(slot, length, self.strips[slot])
-        child = self.open()
-        try:
-            self.reserve(child, length)
-        except BaseException:
-            self.close(child)
-            raise
-        self.strips[child] = [strip.head(length, shared=True) for strip in self.strips[slot]]
-        return child
-
-    def close(self, slot: int) -> None:
-        """See ``Cache.close``."""
-        super().close(slot)
-        del self.strips[slot]
 
 
 class Strip:
@@ -146,6 +119,20 @@ class Strip:
         if unused or shared:
             mx.eval(parts)  # another thread may write next
         return Strip(parts, self.window, length - held, length)
+
+    def host(self) -> list[npt.NDArray[Any]]:
+        """What is held, as NumPy arrays [1, K, held, ...]."""
+        parts = [mx.contiguous(x[:, :, : self.held]) for x in self.parts]
+        return [
+            np.array(x.view(mx.uint16)).view(BF16) if x.dtype == mx.bfloat16 else np.array(x)
+            for x in parts
+        ]
+
+    def of(self, arrays: list[npt.NDArray[Any]], length: int) -> "Strip":
+        """The strip of a row of ``length`` tokens that had this on the host."""
+        parts = [mx.array(x) for x in arrays]
+        mx.eval(parts)
+        return Strip(parts, self.window, length - parts[0].shape[2], length)
 
 
 class MlxView:

@@ -78,7 +78,7 @@ class AffineArray:
         words, scales, offsets = (mx.concatenate(list(part)) for part in zip(*parts, strict=True))
         return cls(words, scales, offsets, group, bits)
 
-    def multiply(self, x: mx.array) -> mx.array:
+    def product(self, x: mx.array) -> mx.array:
         """[T, columns] -> [T, rows]."""
         if not x.shape[0]:  # of which MLX's kernel dies
             return mx.zeros((0, self.words.shape[0]), x.dtype)
@@ -105,14 +105,13 @@ class MlxOps:
         """See ``Ops.rms_norm``."""
         return mx.fast.rms_norm(wide(x), scale, eps).astype(x.dtype)
 
-    def linear(
-        self, x: mx.array, weight: mx.array | AffineArray, bias: mx.array | None
-    ) -> mx.array:
+    def linear(self, x: mx.array, weight: Any, bias: mx.array | None) -> mx.array:
         """See ``Ops.linear``."""
-        if isinstance(weight, AffineArray):
-            out = weight.multiply(x)
-            return out if bias is None else out + bias
-        return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
+        if bias is None:
+            return product(x, weight)
+        if isinstance(weight, mx.array):
+            return mx.addmm(bias, x, weight.T)
+        return product(x, weight) + bias
 
     def rope(
         self, x: mx.array, positions: tuple[mx.array, mx.array], config: ModelConfig
@@ -124,7 +123,7 @@ class MlxOps:
 
     def route(self, scores: mx.array, k: int) -> tuple[mx.array, mx.array]:
         """See ``Ops.route``. MLX sorts stably; its ``topk`` promises no order."""
-        chosen = mx.argsort(-scores, axis=-1)[:, :k]
+        chosen = mx.stop_gradient(mx.argsort(-scores, axis=-1)[:, :k])
         best = mx.take_along_axis(wide(scores), chosen, axis=-1)
         return chosen, mx.softmax(best, axis=-1)
 
@@ -152,12 +151,19 @@ class MlxOps:
         return x
 
 
-def multiply(
-    x: mx.array, stack: mx.array | PackedArray, which: mx.array, *, ordered: bool
-) -> mx.array:
+def product(x: mx.array, weight: Any) -> mx.array:
+    """x [T, columns] by a matrix [rows, columns], or what has a ``product`` -> [T, rows]."""
+    if isinstance(weight, mx.array):
+        return x @ weight.T
+    found: mx.array = weight.product(x)
+    return found
+
+
+def multiply(x: mx.array, stack: Any, which: mx.array, *, ordered: bool) -> mx.array:
     """x [N, 1, columns] by matrix ``which[n]`` of a stack [E, rows, columns] -> [N, 1, rows]."""
-    if isinstance(stack, PackedArray):
-        return stack.multiply(x, which, ordered=ordered)
+    if not isinstance(stack, mx.array):
+        found: mx.array = stack.multiply(x, which, ordered=ordered)
+        return found
     return mx.gather_mm(
         x.astype(stack.dtype), stack.swapaxes(-1, -2), rhs_indices=which, sorted_indices=ordered
     )

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from gptoss import _core
 from gptoss.backends.protocol import Batch
-from gptoss.backends.slots import Slots, check_held
+from gptoss.backends.slots import Arrays, Slots, check_held
 from gptoss.model.config import ModelConfig
 
 Floats = npt.NDArray[np.float32]
@@ -80,6 +80,27 @@ class NativeCache(Slots):
         super().close(slot)
         for strip in self.strips.pop(slot):
             strip.truncate(0)
+
+    def dump(self, slot: int) -> Arrays:
+        """See ``RowCache.dump``: page by page, as it lies in memory."""
+        strips = enumerate(self.strips[slot])
+        return {f"{i}.{p}": page.data for i, strip in strips for p, page in strip.pages.items()}
+
+    def fill(self, slot: int, length: int, arrays: Arrays) -> None:
+        """See ``RowCache.fill``."""
+        if any(x.shape != (self.page_bytes,) or x.dtype != np.uint8 for x in arrays.values()):
+            raise ValueError(f"they are not in pages of {self.page_bytes} bytes")
+        strips, last = [], -(-length // PAGE)
+        for i, strip in enumerate(self.strips[slot]):
+            first = next((p for p in range(last) if f"{i}.{p}" in arrays), last)
+            oldest = 0 if strip.window is None else max(0, length - strip.window + 1)
+            if first * PAGE > oldest or any(f"{i}.{p}" not in arrays for p in range(first, last)):
+                raise ValueError(f"layer {i} lacks pages")
+            strips.append((strip, {p: arrays.pop(f"{i}.{p}") for p in range(first, last)}))
+        if arrays:
+            raise ValueError(f"there is {min(arrays)}, which no row has")
+        for strip, pages in strips:
+            strip.fill(length, pages)
 
 
 class Page:
@@ -150,6 +171,14 @@ class Strip:
                 if i * PAGE < new.length:
                     new._place(i, page)
         return new
+
+    def fill(self, length: int, pages: dict[int, npt.NDArray[np.uint8]]) -> None:
+        """Be a row of ``length`` tokens, with the bytes of these pages."""
+        self.gone, self.length = min(pages), length
+        for i, data in pages.items():
+            page = Page(self.page_bytes)
+            page.data[:] = data
+            self._place(i, page)
 
     def _place(self, i: int, page: Page) -> None:
         if i >= len(self.table):

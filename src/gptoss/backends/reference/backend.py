@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from gptoss.backends.protocol import Batch, Cache, Sampling
 from gptoss.backends.sampling import sample_rows
-from gptoss.backends.slots import Slots
+from gptoss.backends.slots import Arrays, Slots
 from gptoss.model import model
 from gptoss.model.config import ModelConfig
 from gptoss.model.reference import NDArray, NumpyOps, attend_row, unpack
@@ -28,7 +28,7 @@ class ReferenceBackend:
     def __init__(self, config: ModelConfig, read: Read, dtype: str = "float32") -> None:
         if dtype not in ("float32", "float64"):
             raise ValueError(f"the reference computes in float32 or float64, not {dtype}")
-        self.config = config
+        self.config, self.dtype = config, dtype
         self.ops = NumpyOps()
         experts = sum(math.prod(spec.shape) for spec in specs(config) if spec.kind == "expert")
         small = experts * np.dtype(dtype).itemsize <= SMALL
@@ -43,7 +43,7 @@ class ReferenceBackend:
 
     def new_cache(self, *, max_tokens: int) -> "ListCache":
         """See ``Backend.new_cache``."""
-        return ListCache(self.config, max_tokens)
+        return ListCache(self.config, max_tokens, self.dtype)
 
     def forward(self, batch: Batch, cache: Cache, trace: model.Trace | None = None) -> NDArray:
         """See ``Backend.forward``."""
@@ -74,9 +74,10 @@ class ReferenceBackend:
 class ListCache(Slots):
     """Per slot and layer, the keys and values so far, as growing arrays. Nothing is forgotten."""
 
-    def __init__(self, config: ModelConfig, max_tokens: int) -> None:
+    def __init__(self, config: ModelConfig, max_tokens: int, dtype: str = "float32") -> None:
         super().__init__(max_tokens)
-        self.layers = range(config.num_hidden_layers)
+        self.layers, self.dtype = range(config.num_hidden_layers), np.dtype(dtype)
+        self.row = config.num_key_value_heads, config.head_dim
         self.past: dict[tuple[int, int], tuple[NDArray, NDArray]] = {}
 
     def truncate(self, slot: int, length: int) -> None:
@@ -106,6 +107,22 @@ class ListCache(Slots):
         super().close(slot)
         for layer in self.layers:
             self.past.pop((slot, layer), None)
+
+    def dump(self, slot: int) -> Arrays:
+        """See ``RowCache.dump``."""
+        kept = {layer: self.past[slot, layer] for layer in self.layers}
+        return {f"{layer}.{i}": x for layer, both in kept.items() for i, x in enumerate(both)}
+
+    def fill(self, slot: int, length: int, arrays: Arrays) -> None:
+        """See ``RowCache.fill``."""
+        names = {f"{layer}.{i}" for layer in self.layers for i in (0, 1)}
+        shape = (length, *self.row)
+        if names != set(arrays) or any(
+            x.shape != shape or x.dtype != self.dtype for x in arrays.values()
+        ):
+            raise ValueError("they are not as they are kept")
+        for layer in self.layers:
+            self.past[slot, layer] = arrays[f"{layer}.0"], arrays[f"{layer}.1"]
 
 
 class ListView:

@@ -5,26 +5,33 @@ whose value is zero and whose score is the sink.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gptoss.backends.protocol import Batch
-from gptoss.backends.slots import Slots, check_held
+from gptoss.backends.slots import StripCache
+from gptoss.backends.torch.ops import from_numpy
 from gptoss.model.config import ModelConfig
 
+BF16 = np.dtype(ml_dtypes.bfloat16)
 SPARE = 128  # tokens that a row can always be rewound from the longest it has been
 QUERIES = 512  # of one row, attended together at most
 GRAIN = 64  # rows whose lengths round up to the same multiple are padded to the longest
 SCORES = 1 << 23  # H * queries * keys, attended together at most
 
 
-class TorchCache(Slots):
+class TorchCache(StripCache):
     """Per slot and layer, the keys and values so far, in buffers that grow with their row.
 
     A full layer holds the whole row. A sliding layer holds the window and what may be rewound into:
-    ``SPARE`` tokens at least, twice that at most, however long the row is.
+    ``SPARE`` tokens at least, twice that at most, however long the row is. A fork copies the bytes:
+    neither row ever sees the other's.
     """
 
     def __init__(
@@ -34,46 +41,19 @@ class TorchCache(Slots):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__(max_tokens)
-        self.config, self.dtype, self.device = config, dtype, device
-        self.strips: dict[int, list[Strip]] = {}  # by slot, then by layer
+        self.dtype, self.device = dtype, device
+        shape = config.num_key_value_heads, 1, config.head_dim
+
+        def blank(window: int | None) -> Strip:
+            empty = torch.zeros(shape, dtype=dtype, device=device)
+            return Strip(empty, empty, window)
+
+        super().__init__(config, max_tokens, blank)
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values now allocated."""
         return sum(2 * strip.k.nbytes for strips in self.strips.values() for strip in strips)
-
-    def open(self) -> int:
-        """See ``Cache.open``."""
-        slot = super().open()
-        K, d = self.config.num_key_value_heads, self.config.head_dim
-        empty = torch.zeros(K, 1, d, dtype=self.dtype, device=self.device)
-        layers = range(self.config.num_hidden_layers)
-        self.strips[slot] = [Strip(empty, empty, self.config.window(i)) for i in layers]
-        return slot
-
-    def truncate(self, slot: int, length: int) -> None:
-        """See ``Cache.truncate``."""
-        check_held(slot, length, self.strips[slot])
-        super().truncate(slot, length)
-        self.strips[slot] = [strip.head(length) for strip in self.strips[slot]]
-
-    def fork(self, slot: int, length: int) -> int:
-        """See ``Cache.fork``. The bytes are copied: neither row ever sees the other's."""
-        check_held(slot, length, self.strips[slot])
-        child = self.open()
-        try:
-            self.reserve(child, length)
-        except BaseException:
-            self.close(child)
-            raise
-        self.strips[child] = [strip.head(length, copy=True) for strip in self.strips[slot]]
-        return child
-
-    def close(self, slot: int) -> None:
-        """See ``Cache.close``."""
-        super().close(slot)
-        del self.strips[slot]
 
 
 class Strip:
@@ -111,13 +91,27 @@ class Strip:
         self.first = self.length - keep
         return keys, values
 
-    def head(self, length: int, *, copy: bool = False) -> "Strip":
-        """The strip as it was when the row had ``length`` tokens."""
+    def head(self, length: int, *, shared: bool = False) -> "Strip":
+        """The strip as it was when the row had ``length`` tokens; shared: in bytes of its own."""
         new = Strip(self.k, self.v, self.window)
         new.length = min(length, self.length)
         new.first = min(self.first, new.length)
-        if copy or 2 * (1 + new.held) < self.k.shape[1]:  # give back what is not worth keeping
+        if shared or 2 * (1 + new.held) < self.k.shape[1]:  # give back what is not worth keeping
             new.k, new.v = (x[:, : 1 + new.held].clone() for x in (self.k, self.v))
+        return new
+
+    def host(self) -> list[npt.NDArray[Any]]:
+        """What is held, as NumPy arrays [1, K, held, d]."""
+        held = [x[None, :, 1 : 1 + self.held].cpu() for x in (self.k, self.v)]
+        if self.k.dtype is torch.bfloat16:  # which NumPy has not
+            return [x.view(torch.uint16).numpy().view(BF16) for x in held]
+        return [x.numpy() for x in held]
+
+    def of(self, arrays: list[npt.NDArray[Any]], length: int) -> "Strip":
+        """The strip of a row of ``length`` tokens that had this on the host."""
+        new, (k, v) = Strip(self.k, self.v, self.window), (from_numpy(x[0]) for x in arrays)
+        new.extend(k.to(self.k), v.to(self.v))
+        new.first, new.length = length - k.shape[1], length
         return new
 
     def _grow(self, rows: int, limit: int | None) -> None:
