@@ -94,6 +94,7 @@ def sft(
             watch=watch,
             looked=looked,
             observe=observe,
+            announce=announce,
         )
 
 
@@ -124,6 +125,7 @@ def pretrain(
             watch=watch,
             looked=looked,
             observe=observe,
+            announce=announce,
         )
 
 
@@ -155,6 +157,7 @@ def grpo(
             watch=watch,
             looked=looked,
             observe=observe,
+            announce=announce,
         )
 
 
@@ -186,6 +189,7 @@ def ppo(
             watch=watch,
             looked=looked,
             observe=observe,
+            announce=announce,
         )
 
 
@@ -264,6 +268,11 @@ def opened(
     asked = {"recipe": "sft", "model": model, "tokenizer": words}
     vocabulary, numbers = recipes.tokenizer_of(asked), recipes.numbers_of(asked)
     return recipes.corpus_of(data, vocabulary, reading, numbers.context_length), vocabulary
+
+
+def announce(plan: object) -> None:
+    """On stderr, before the model is loaded."""
+    print(plan, file=sys.stderr, flush=True)
 
 
 def painted(document: Document, words: Tokenizer) -> Iterator[str]:

@@ -15,6 +15,7 @@ from gptoss.train.config import TrainConfig, Tuning
 from gptoss.train.objective import Grpo, Rollouts
 from gptoss.train.observe import Observe
 from gptoss.train.policy import Minibatch, clipped, divergence, ratios
+from gptoss.train.recipes import Announce
 from gptoss.train.reinforce import from_checkpoint
 from gptoss.train.reward import Reward
 from gptoss.train.rollout import Answer
@@ -37,6 +38,7 @@ def grpo(
     watch: Callable[[Row], None] | None = None,
     looked: Callable[[int, int], None] | None = None,
     observe: Observe | None = None,
+    announce: Announce | None = None,
 ) -> Trainer[Minibatch]:
     """Train a checkpoint on what functions say of its answers.
 
@@ -47,7 +49,7 @@ def grpo(
         rewards: functions, or how they are told; see ``reward.py``.
         config, rollouts, objective, tuning: how to train, how to draw answers, what to make of
             their rewards, and what of the model is trained.
-        watch, looked, observe: as of ``sft``.
+        watch, looked, observe, announce: as of ``sft``.
 
     Raises:
         TrainingError: a line is no prompt, a reward raised, the directory is taken.
@@ -62,6 +64,7 @@ def grpo(
         watch=watch,
         looked=looked,
         observe=observe,
+        announce=announce,
     )
 
 

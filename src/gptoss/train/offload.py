@@ -21,6 +21,7 @@ from gptoss.model import model as wiring
 from gptoss.train.config import TrainConfig
 from gptoss.train.folder import restore
 from gptoss.train.learner import Torch
+from gptoss.train.ranks import ALONE, Ranks
 from gptoss.train.shelf import Disk, Host, Shelf, large
 
 
@@ -32,9 +33,17 @@ def shelf_of(config: TrainConfig, path: Path | str) -> Shelf:
 
 
 def learner_of(
-    model: nn.Module, config: TrainConfig, path: Path | str, shelf: Shelf | None = None
+    model: nn.Module,
+    config: TrainConfig,
+    path: Path | str,
+    shelf: Shelf | None = None,
+    ranks: Ranks = ALONE,
 ) -> Torch:
     """What trains a module as the config says; ``path``: the run's directory."""
+    if not ranks.alone:
+        from gptoss.train.sharded import Sharded  # seconds to import
+
+        return Sharded(model, config, ranks)
     if config.offload is None:
         return Torch(model, config)
     return Offloaded(model, config, shelf or shelf_of(config, path))
@@ -71,6 +80,9 @@ class Offloaded(Torch):
             self.layer = self._computed
             blocks: Any = model.block
             self._layers = [self._away(block) for block in blocks]
+            for name, p in model.named_parameters():
+                if not name.startswith("block."):
+                    p.data = p.data.to(self.device)
             self._resting = {x for layer in self._layers for x, _ in layer}
             for p in filter(large, self.owner):
                 p.register_post_accumulate_grad_hook(self._put_gradient)

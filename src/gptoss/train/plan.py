@@ -54,6 +54,7 @@ class Plan:
     room: int | None  # bytes that are free there
     state: int  # bytes of a checkpoint
     disk: int  # bytes that are free for it
+    savings: tuple[str, ...]  # what would make it less, the cheapest first
 
     def __str__(self) -> str:
         parts = " + ".join(f"{name} {size(n)}" for name, n in asdict(self.needs).items() if n)
@@ -62,15 +63,13 @@ class Plan:
         memory = f"memory {size(self.needs.total)} = {parts}{have}{away}"
         return f"{self.name} on {self.device}: {memory}; {size(self.state)} a checkpoint"
 
-    def check(self, config: TrainConfig) -> None:
-        """Raises TrainingError where it cannot fit, unless ``config.force``."""
-        if config.force:
-            return
+    def check(self) -> None:
+        """Raises TrainingError where it cannot fit."""
         needed = f"{self.name} needs about"
         if self.available is not None and self.needs.total > self.available:
             raise TrainingError(
                 f"{needed} {size(self.needs.total)} of memory to be trained like this, but "
-                f"{size(self.available)} are free. Try {', '.join(_savings(self.needs, config))}, "
+                f"{size(self.available)} are free. Try {', '.join(self.savings)}, "
                 "or --force to begin anyway."
             )
         if self.room is not None and self.away > self.room:
@@ -135,16 +134,18 @@ def make_plan(
         needs["gradients"] = wide * max(layer, largest)
     host = config.offload_dir is None and config.device.startswith("cuda")
     shelf = Path(config.offload_dir or path)
+    estimated = Needs(**{key: round(value) for key, value in needs.items()})
     return Plan(
         name=name,
         device=config.device,
-        needs=Needs(**{key: round(value) for key, value in needs.items()}),
+        needs=estimated,
         available=available_memory() if config.device == "cpu" else free_memory(config.device),
         away=round(away),
         shelf="host memory" if host else str(shelf),
         room=available_memory() if host else _free(shelf),
         state=round(state),
         disk=_free(Path(path)),
+        savings=tuple(_savings(estimated, config, tuning)),
     )
 
 
@@ -178,19 +179,22 @@ def _rollouts(c: ModelConfig, rollouts: Rollouts, dtype: str) -> int:
     return cache + 3 * BYTES["float32"] * rows * c.vocab_size
 
 
-def _savings(needs: Needs, config: TrainConfig) -> Iterator[str]:
-    """What would help, the cheapest first."""
+def _savings(needs: Needs, config: TrainConfig, tuning: Tuning) -> Iterator[str]:
+    """Options that would help."""
     if needs.activations > needs.total / 4:
-        if not config.recompute:
+        if not config.recompute and config.offload != "parameters":
             yield "--recompute"
         yield "fewer --tokens"
     if needs.rollouts > needs.total / 4:
         yield "fewer --rows"
-    yield "--lora"
+    if not tuning.lora:
+        yield "--lora 8"
     if config.offload is None:
         yield "--offload optimizer"
     elif config.offload == "optimizer":
         yield "--offload parameters"
+    if tuning.dtype == "float32":
+        yield "--dtype bfloat16"
 
 
 def _free(path: Path) -> int:

@@ -15,6 +15,7 @@ from gptoss.train.config import TrainConfig, Tuning
 from gptoss.train.objective import Ppo, Rollouts
 from gptoss.train.observe import Observe
 from gptoss.train.policy import Minibatch, clipped, divergence, ratios
+from gptoss.train.recipes import Announce
 from gptoss.train.reinforce import from_checkpoint
 from gptoss.train.reward import Reward
 from gptoss.train.rollout import Answer
@@ -35,6 +36,7 @@ def ppo(
     watch: Callable[[Row], None] | None = None,
     looked: Callable[[int, int], None] | None = None,
     observe: Observe | None = None,
+    announce: Announce | None = None,
 ) -> Trainer[Minibatch]:
     """As ``grpo``; the value head is saved with the run and is no part of what is exported."""
     recipe = Proximal(objective)
@@ -46,6 +48,7 @@ def ppo(
         watch=watch,
         looked=looked,
         observe=observe,
+        announce=announce,
     )
 
 

@@ -31,12 +31,16 @@ from gptoss.train.lint import lint
 from gptoss.train.lora import adapt
 from gptoss.train.loss import cross_entropy
 from gptoss.train.observe import Observe, observed
+from gptoss.train.offload import keeper, learner_of, shelf_of
+from gptoss.train.plan import Plan, make_plan
 from gptoss.train.quantize import quantize
+from gptoss.train.shelf import Shelf
 from gptoss.train.trainer import Row, Trainer
 
 Paths = Sequence[Path | str]
 Watch = Callable[[Row], None]
 Looked = Callable[[int, int], None]
+Announce = Callable[[Plan], None]
 
 
 def sft(
@@ -50,6 +54,7 @@ def sft(
     watch: Watch | None = None,
     looked: Looked | None = None,
     observe: Observe | None = None,
+    announce: Announce | None = None,
 ) -> Trainer[Any]:
     """Train a checkpoint on conversations: all of it, adapters only, or for MXFP4.
 
@@ -61,13 +66,16 @@ def sft(
         watch: is told each step's metrics.
         looked: is told how many lines of how many have been checked before training.
         observe: may see what a batch computes; see ``observe.py``.
+        announce: is told what memory it will take, before the model is loaded.
 
     Raises:
-        TrainingError: a line is no conversation, the loss is no number, the directory is taken.
+        TrainingError: a line is no conversation, the loss is no number, the directory is taken,
+            memory is too little and ``config.force`` is not set.
+        Stopped: SIGINT or SIGTERM came; the last finished step is kept.
         CheckpointError: the model cannot be read, or a checkpoint cannot be written.
     """
     asked = {"recipe": "sft", "model": str(model), "tokenizer": None, **asdict(tuning)}
-    return _supervised(asked, data, path, config, reading, watch, looked, observe)
+    return _supervised(asked, data, path, config, reading, watch, looked, observe, announce)
 
 
 def pretrain(
@@ -81,6 +89,7 @@ def pretrain(
     watch: Watch | None = None,
     looked: Looked | None = None,
     observe: Observe | None = None,
+    announce: Announce | None = None,
 ) -> Trainer[Any]:
     """Train a new model. As ``sft``, but ``model`` is a preset's name or the path of a config.json.
 
@@ -88,7 +97,7 @@ def pretrain(
     """
     words = None if tokenizer is None else str(tokenizer)
     asked = {"recipe": "pretrain", "model": str(model), "tokenizer": words, **asdict(Tuning())}
-    return _supervised(asked, data, path, config, reading, watch, looked, observe)
+    return _supervised(asked, data, path, config, reading, watch, looked, observe, announce)
 
 
 def _supervised(
@@ -100,6 +109,7 @@ def _supervised(
     watch: Watch | None,
     looked: Looked | None,
     observe: Observe | None,
+    announce: Announce | None,
 ) -> Trainer[Any]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -110,17 +120,22 @@ def _supervised(
             f"{words.vocab_size}; give the model's own tokenizer.json"
         )
     corpus = corpus_of(data, words, reading, numbers.context_length, config.seed)
+    plan = planned(asked, path, config, reading.tokens)
     if not (Path(path) / "states").exists():
         lint(corpus, looked)
+    if announce is not None:
+        announce(plan)
     torch.manual_seed(config.seed)
-    module = build(asked, config.device)
+    shelf = shelf_of(config, path) if config.offload == "parameters" else None
+    module = build(asked, config.device, shelf)
+    learner = learner_of(module, config, path, shelf)
     asked |= {"data": [str(file) for file in data], "checksums": corpus.checksums}
     trainer: Trainer[Any] = Trainer(
-        module, config, path, asked=asked | asdict(reading), watch=watch
+        learner, config, path, asked=asked | asdict(reading), watch=watch
     )
 
     def loss(batch: Batch) -> Any:
-        return cross_entropy(module, batch, config)
+        return cross_entropy(module, batch, config, learner.layer)
 
     trainer.run(
         lambda position: corpus.draw(position, tokens=reading.tokens, batches=reading.accumulate),
@@ -177,15 +192,39 @@ def _checkpoint(asked: dict[str, Any]) -> Checkpoint:
     return open_checkpoint(where)
 
 
-def build(asked: dict[str, Any], device: str) -> Transformer:
-    """The model that a run begins with, and in it what is trained."""
+def planned(
+    asked: dict[str, Any], path: Path | str, config: TrainConfig, tokens: int, **rest: Any
+) -> Plan:
+    """What a run will take; ``tokens`` and ``rest``: see ``make_plan``.
+
+    Raises TrainingError where there is too little of it, unless ``config.force``.
+    """
+    packed = asked["recipe"] != "pretrain" and _checkpoint(asked).layout.packed
+    how = (path, config, tuning_of(asked), tokens)
+    plan = make_plan(asked["model"], numbers_of(asked), *how, packed=packed, **rest)
+    if not config.force:
+        plan.check()
+    return plan
+
+
+def tuning_of(asked: dict[str, Any]) -> Tuning:
+    """What of the model a run trains."""
+    return Tuning(**{one.name: asked[one.name] for one in fields(Tuning)})
+
+
+def build(asked: dict[str, Any], device: str, shelf: Shelf | None = None) -> Transformer:
+    """The model that a run begins with, and in it what is trained; on a shelf, its layers."""
     open_device(device)
     if asked["recipe"] == "pretrain":
-        return Transformer(numbers_of(asked)).to(device)
-    tuning = Tuning(**{one.name: asked[one.name] for one in fields(Tuning)})
-    where = _checkpoint(asked).path
-    packed = tuning.lora > 0
-    module = Transformer.from_checkpoint(where, device, tuning.dtype, packed=packed)
+        return Transformer(numbers_of(asked)).to(device if shelf is None else "cpu")
+    tuning, where = tuning_of(asked), _checkpoint(asked).path
+    module = Transformer.from_checkpoint(
+        where,
+        device if shelf is None else "cpu",
+        tuning.dtype,
+        packed=tuning.lora > 0,
+        keep=None if shelf is None else keeper(shelf, device),
+    )
     if tuning.lora:
         adapt(module, tuning.lora, tuning.alpha)
     elif tuning.qat:

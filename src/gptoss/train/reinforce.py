@@ -20,7 +20,7 @@ from gptoss.train.loss import logprobs
 from gptoss.train.objective import Rollouts
 from gptoss.train.observe import Observe, observed
 from gptoss.train.policy import Minibatch, Policy
-from gptoss.train.recipes import build, numbers_of, tokenizer_of
+from gptoss.train.recipes import Announce, build, numbers_of, planned, tokenizer_of
 from gptoss.train.reward import Reward, Rewards
 from gptoss.train.rollout import Sampler, prompt
 from gptoss.train.rounds import Recipe, Rounds
@@ -47,6 +47,7 @@ def reinforce(
 
     ``corpus``: see ``prompts_of``. ``asked``: what else a run must agree on to go on.
     """
+    check(config)
     judges = Rewards(rewards)
     rounds = rounds_of(module, tokenizer, corpus, judges, recipe, config, rollouts)
     whole = asdict(rollouts) | asdict(recipe.objective) | {"rewards": judges.told}
@@ -98,16 +99,22 @@ def from_checkpoint(
     watch: Callable[[Row], None] | None,
     looked: Callable[[int, int], None] | None,
     observe: Observe | None,
+    announce: Announce | None,
 ) -> Trainer[Minibatch]:
     """``reinforce`` by names, as ``sft`` does it."""
+    check(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     asked: dict[str, Any] = {"recipe": recipe.name, "model": str(model), "tokenizer": None}
     asked |= asdict(tuning)
     tokenizer = tokenizer_of(asked)
     corpus = prompts_of(data, tokenizer, numbers_of(asked).context_length, config.seed)
+    held = recipe.objective.kl > 0
+    plan = planned(asked, path, config, rollouts.tokens, rollouts=rollouts, reference=held)
     if not (Path(path) / "states").exists():
         lint(corpus, looked)
+    if announce is not None:
+        announce(plan)
     torch.manual_seed(config.seed)
     module = build(asked, config.device)
     asked |= {"data": [str(file) for file in data], "checksums": corpus.checksums}
@@ -119,6 +126,15 @@ def from_checkpoint(
         watch=watch,
         observe=observe,
     )
+
+
+def check(config: TrainConfig) -> None:
+    """Raises ValueError for what cannot be had while answers are drawn."""
+    if config.offload == "parameters":
+        raise ValueError(
+            "offload: answers are drawn from all of the parameters, so these cannot be put away; "
+            "the optimiser's state can (--offload optimizer)"
+        )
 
 
 def prompts_of(
