@@ -1,4 +1,5 @@
 import json
+import re
 import signal
 
 import pytest
@@ -61,6 +62,32 @@ def test_logprobs_give_a_line_for_each_token(gptoss_, toy):
         assert all(float(p) <= 0 and isinstance(json.loads(text), str) for _, p, text in rows)
         tokens = json.loads(gptoss_(*ask, *raw, "--logprobs", "--json")[1])["tokens"]
         assert [str(t["id"]) for t in tokens] == [r[0] for r in rows]
+
+
+@pytest.mark.parametrize("how", [("-b", "reference"), ("-b", "mlx", "--kv", "int8")])
+def test_a_prompt_that_was_kept_is_not_computed_again(gptoss_, tmp_path, how):
+    if "mlx" in how:
+        pytest.importorskip("mlx.core")
+    file, prompt = tmp_path / "kept", "What rhymes with tree? " * 15  # longer than the window
+    ask = ("generate", "nano", *how, "-t", "0", "-l", "3", "-p")
+    plain, counts = gptoss_(*ask, prompt), []
+    for text in (prompt, prompt, f"{prompt}Sea?"):
+        status, out, err = gptoss_(*ask, text, "--prompt-cache", file)
+        old, prompted, new = map(
+            int, re.findall(r"kept: (\d+) of (\d+) tok.* (\d+) are now", err)[0]
+        )
+        assert status == 0 and new == prompted
+        counts.append(prompted - old)
+        if text == prompt:
+            assert plain[1] == out and plain[2].splitlines()[2:] == err.splitlines()[2:-1]
+    assert counts[0] > 128 and counts[1] == 1 and counts[2] < 20  # computed
+    status, _, err = gptoss_("generate", "nano", "-b", "torch", "-p", "a", "--prompt-cache", file)
+    assert status == 1 and f"kept: made with backend '{how[1]}', not 'torch'" in err
+    file.write_bytes(file.read_bytes()[:-1])
+    status, _, err = gptoss_(*ask, "a", "--prompt-cache", file)
+    assert status == 1 and "incomplete or damaged" in err
+    status, _, err = gptoss_(*ask, "a", "--prompt-cache", tmp_path / "nowhere" / "kept")
+    assert status == 1 and "nowhere/kept: cannot be written: No such file" in err
 
 
 def test_raw_text_is_continued_from_stdin(toy):

@@ -6,6 +6,7 @@ question, because it has to read them all.
 """
 
 import difflib
+import hashlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,6 +32,7 @@ from gptoss.model.weights import Stored
 
 LAYOUTS = {layout.name: layout for layout in (ORIGINAL, HUGGINGFACE, HUGGINGFACE_BF16, MLX)}
 DENSE = ("BF16", "F32", "F16")
+SAMPLE = 4096  # bytes of a tensor by which it is told from others
 CHUNK = 1 << 20  # values that ``check`` looks at together
 # Where each format keeps its exponent, and the integer of its width.
 EXPONENT: dict[str, tuple[Any, Any]] = {
@@ -119,6 +121,14 @@ class Checkpoint:
                         "or the training that wrote it diverged."
                     )
                 tensor.release()
+
+    def fingerprint(self) -> str:
+        """Of the files' tensors, by the first bytes of each: other weights have another one."""
+        found = hashlib.sha256(repr(self.config).encode())
+        for tensor in self.tensors.values():
+            size = min(SAMPLE, tensor.nbytes)
+            found.update(tensor.name.encode() + tensor.mapped[tensor.offset : tensor.offset + size])
+        return found.hexdigest()[:16]
 
     def release(self) -> None:
         """Give the memory of what was read back to the system; views stay valid, and read again.

@@ -3,6 +3,7 @@
 gptoss generate -p "What is 17 + 25?"
 echo "Why is the sky blue?" | gptoss generate openai/gpt-oss-20b --effort low
 gptoss generate -p "What is 17 + 25?" --trace a.npz
+gptoss generate openai/gpt-oss-20b -p "$(cat paper.txt) In one word?" --prompt-cache paper.cache
 gptoss generate checkpoints/20b --raw -p "Once upon a time" -l 50 --logprobs
 """
 
@@ -11,6 +12,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from gptoss.cli import options
@@ -38,6 +41,12 @@ def run(
     ] = False,
     json_: options.Json = False,
     effort: options.Effort = "medium",
+    prompt_cache: Annotated[
+        Path | None,
+        Option(
+            "--prompt-cache", help="a file of the last prompt's keys and values: read, replaced"
+        ),
+    ] = None,
     *,
     drawing: options.Drawing,
     loading: options.Loading,
@@ -47,14 +56,34 @@ def run(
     how = drawing.checked()
     text = read_prompt(prompt)
     llm = loading.load(model)
-    with tracing.of(llm, model):
+    with usage():
+        tokens = prompt_tokens(llm, text, None if raw else effort)
+    with tracing.of(llm, model), kept(llm, tokens, prompt_cache, quiet=loading.quiet):
         if raw or logprobs:
             with usage():
-                tokens = prompt_tokens(llm, text, None if raw else effort)
-                drawn = llm.tokens.generate(tokens, return_logprobs=True, **how)
+                end = () if prompt_cache is None else (len(tokens),)
+                request = llm.tokens.request(tokens, logprobs=0, boundaries=end, **how)
+            drawn = llm.tokens.pairs(request)
             (print_json if json_ else print_logprobs if logprobs else print_text)(llm, drawn)
         else:
             answer(llm, text, effort, how, json_)
+
+
+@contextmanager
+def kept(llm: LLM, prompt: list[int], path: Path | None, *, quiet: bool) -> Iterator[None]:
+    """What ``path`` holds is not computed again; afterwards it holds this prompt."""
+    if path is None:
+        yield
+        return
+    if path.exists():
+        llm.tokens.recall(path)
+    before = llm.tokens.engine.stats.reused
+    yield
+    read = llm.tokens.engine.stats.reused - before
+    written = llm.tokens.keep(prompt, path)
+    if not quiet:
+        said = f"{read} of {len(prompt)} tokens were there, {written} are now"
+        print(f"{path}: {said}", file=sys.stderr)
 
 
 def read_prompt(given: str | None) -> str:

@@ -6,8 +6,10 @@ long sequence cannot serve a prompt that leaves it in the middle: the boundaries
 """
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from gptoss.backends.protocol import Cache
+from gptoss.backends.rows import Made, load_row, save_row
 from gptoss.errors import CacheFull, CacheMiss
 
 
@@ -102,6 +104,26 @@ class Prefixes:
         """Forget all."""
         while self.evict():
             pass
+
+    def save(self, tokens: Sequence[int], path: Path, made: Made) -> int:
+        """Write the longest known beginning of ``tokens`` -> its length; 0: nothing is written.
+
+        Raises CheckpointError.
+        """
+        if (found := self.take(tokens)) is None:
+            return 0
+        slot, length = found
+        try:
+            save_row(self.cache, slot, tokens[:length], path, made)
+        finally:
+            self.add(tokens[:length], slot, stays=True)
+        return length
+
+    def load(self, path: Path, made: Made) -> int:
+        """Know what ``save`` wrote -> how many tokens. Raises CheckpointError, CacheFull."""
+        slot, tokens = load_row(self.cache, path, made)
+        self.add(tokens, slot, stays=True)
+        return len(tokens)
 
     def _continue(self, node: Node, length: int) -> int | None:
         """A slot with the first ``length`` tokens of a node's; None: its window is gone.

@@ -73,7 +73,7 @@ class TokenGenerator:
                 room beyond the context.
             GptOssError: the files, the vocabulary, the hardware or the memory will not do.
         """
-        opened = open_checkpoint(resolve(checkpoint))
+        self.opened = opened = open_checkpoint(resolve(checkpoint))
         self.config = opened.config
         self.tokenizer = load_tokenizer(opened)
         self.plan = make_plan(
@@ -179,7 +179,7 @@ class TokenGenerator:
             seed=seed,
             logprobs=0 if return_logprobs else None,
         )
-        return self._pairs(request) if return_logprobs else self._ids(request)
+        return self.pairs(request) if return_logprobs else self._ids(request)
 
     def request(
         self,
@@ -212,6 +212,35 @@ class TokenGenerator:
         self.engine.check(request)
         return request
 
+    def recall(self, path: Path) -> int:
+        """Know the prompt whose keys and values ``keep`` wrote -> how many tokens it has.
+
+        What a later prompt begins with alike is not computed again.
+
+        Raises:
+            CheckpointError: the file is damaged, of another model, or of another way of running it.
+            CacheFull: there is no room for so many tokens.
+        """
+        return self.engine.scheduler.prefixes.load(path, self._made())
+
+    def keep(self, tokens: Sequence[int], path: Path) -> int:
+        """Write the keys and values of what was computed of a prompt -> how many tokens that are.
+
+        What was at ``path`` is replaced. Raises CheckpointError if it cannot be written.
+        """
+        return self.engine.scheduler.prefixes.save(tokens, path, self._made())
+
+    def _made(self) -> dict[str, str | None]:
+        """All that keys and values depend on."""
+        plan = self.plan
+        return {
+            "model": self.opened.fingerprint(),
+            "backend": plan.backend,
+            "dtype": plan.dtype,
+            "precision": plan.precision,
+            "kv": plan.kv,
+        }
+
     def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """What the model expects after each token: [T] -> [T, V]."""
         return self.engine.logits(tokens)
@@ -221,7 +250,8 @@ class TokenGenerator:
             for drawn in stream:
                 yield drawn.token
 
-    def _pairs(self, request: Request) -> Iterator[tuple[int, float]]:
+    def pairs(self, request: Request) -> Iterator[tuple[int, float]]:
+        """What a request with log-probabilities draws."""
         with self.engine.submit(request) as stream:
             for drawn in stream:
                 assert drawn.logprob is not None
