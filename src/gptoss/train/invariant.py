@@ -39,12 +39,13 @@ def make_invariant(model: Transformer, config: TrainConfig) -> Backend:
         ValueError: they are not plain, or not float32 on a CPU.
     """
     state, blocks = model.state_dict(), cast(list[TransformerBlock], list(model.block))
-    plain = all(x.dtype is torch.float32 and x.device.type == "cpu" for x in state.values())
-    if config.autocast or not plain:
-        raise ValueError("batch_invariant needs float32 on a cpu: without autocast, dtype, device")
-    names = {spec.name for spec in specs(model.config)}
-    if names != set(state) or any(block.attn.attend for block in blocks):
-        raise ValueError("batch_invariant needs the model as published: without lora, without qat")
+    wide = all(x.dtype is torch.float32 and x.device.type == "cpu" for x in state.values())
+    published = {spec.name for spec in specs(model.config)} == set(state)
+    if config.autocast or not (wide and published) or any(b.attn.attend for b in blocks):
+        raise ValueError(
+            "batch_invariant needs all parameters as published, in float32 on a cpu: leave out "
+            "lora, qat, autocast, dtype and device"
+        )
     model.ops = InvariantOps()
     for block in blocks:
         block.attn.attend = attend
