@@ -10,7 +10,7 @@ import numpy as np  # noqa: E402
 
 from gptoss.backends.torch.modules import Transformer  # noqa: E402
 from gptoss.model.mxfp4 import RULES, encode  # noqa: E402
-from gptoss.train.quantize import QuantizedStack, quantize, rounded  # noqa: E402
+from gptoss.train.quantize import QuantizedStack, quantize, rounded, unchanging  # noqa: E402
 from tests.train.runs import CONFIG, TINY, train  # noqa: E402
 
 
@@ -51,6 +51,21 @@ def test_a_trained_model_is_as_good_after_packing(tmp_path, rule):
             with torch.no_grad():
                 weight.copy_(torch.from_numpy(encode(weight.numpy(), rule).decode()))
     assert torch.equal(model(torch.arange(12)), seen)
+
+
+@torch.no_grad()
+def test_what_is_kept_while_drawing_is_the_same_and_goes():
+    torch.manual_seed(0)
+    model, tokens = Transformer(TINY), torch.arange(12)
+    quantize(model, "ceil")
+    for _ in range(2):
+        seen = model(tokens)
+        with unchanging(model):
+            assert torch.equal(model(tokens), seen)
+            assert torch.equal(model(tokens), seen)
+        for block in model.block:
+            block.mlp.experts.mlp1_weight.weight.mul_(1.3)
+        assert not torch.equal(model(tokens), seen)
 
 
 def test_an_unknown_rule_is_refused():

@@ -3,6 +3,8 @@
 Bengio et al. 2013, https://arxiv.org/abs/1308.3432 (the straight-through estimator)
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +22,11 @@ class QuantizedStack(nn.Module):
     def __init__(self, weight: nn.Parameter, rule: Rule) -> None:
         super().__init__()
         self.weight, self.rule = weight, rule
+        self.kept: dict[int, Tensor] | None = None  # expert -> what ``unchanging`` keeps
 
     def unbind(self) -> "_Opened":
         """Matrix by matrix; see ``gptoss.backends.torch.ops.apart``."""
-        return _Opened(self.weight.unbind(), self.rule)
+        return _Opened(self.weight.unbind(), self.rule, self.kept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +35,15 @@ class _Opened:
 
     weight: tuple[Tensor, ...]
     rule: Rule
+    kept: dict[int, Tensor] | None
 
     def __call__(self, x: Tensor, e: int) -> Tensor:
-        straight: Tensor = _Straight.apply(self.weight[e], self.rule)  # type: ignore[no-untyped-call]
-        return F.linear(x, straight.to(x.dtype))
+        if self.kept is None:
+            straight: Tensor = _Straight.apply(self.weight[e], self.rule)  # type: ignore[no-untyped-call]
+            return F.linear(x, straight.to(x.dtype))
+        if e not in self.kept:
+            self.kept[e] = rounded(self.weight[e], self.rule).bfloat16()  # holds these numbers
+        return F.linear(x, self.kept[e].to(x.dtype))
 
 
 class _Straight(torch.autograd.Function):
@@ -58,6 +66,19 @@ def quantize(model: Transformer, rule: Rule) -> None:
             weight = getattr(block.mlp.experts, name)
             delattr(block.mlp.experts, name)
             setattr(block.mlp.experts, name, QuantizedStack(weight, rule))
+
+
+@contextmanager
+def unchanging(model: nn.Module) -> Iterator[None]:
+    """Within, nothing is learned: what is routed to is rounded once, not at every token drawn."""
+    stacks = [module for module in model.modules() if isinstance(module, QuantizedStack)]
+    for stack in stacks:
+        stack.kept = {}
+    try:
+        yield
+    finally:
+        for stack in stacks:
+            stack.kept = None
 
 
 @torch.no_grad()

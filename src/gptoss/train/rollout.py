@@ -25,6 +25,7 @@ from gptoss.text.tokenizer import STOP_NAMES, Tokenizer
 from gptoss.train.batch import IGNORE, Document
 from gptoss.train.conversation import KNOWN, messages_of
 from gptoss.train.objective import Rollouts
+from gptoss.train.quantize import unchanging
 from gptoss.train.replay import Chosen, Recorder
 from gptoss.train.reward import Rewards
 
@@ -99,7 +100,8 @@ class Sampler:
         self.autocast = torch.autocast(
             model.embedding.weight.device.type, torch.bfloat16, enabled=autocast
         )
-        self.backend, self.tokenizer = backend or TorchBackend.of(model), tokenizer
+        self.model, self.tokenizer = model, tokenizer
+        self.backend = backend or TorchBackend.of(model)
         self.rewards, self.rollouts = rewards, rollouts
         self.words = sampled_size(tokenizer)  # ids from here on are never drawn
         self.stops = frozenset(tokenizer.specials[name] for name in STOP_NAMES)
@@ -136,7 +138,7 @@ class Sampler:
             )
             for i, prompt in enumerate(prompts)
         ]
-        with self.autocast:
+        with self.autocast, unchanging(self.model):
             while engine.step():
                 pass
         for stream in streams:
