@@ -106,7 +106,7 @@ class Offloaded(Torch):
             return super().clip(longest)
         norms = []
         for p in filter(self.owner.__contains__, self.model.parameters()):
-            if (gradient := self._gradient(p)) is not None:
+            if (gradient := self.gradient(p)) is not None:
                 norms.append(torch.linalg.vector_norm(gradient).to(self.device))
                 if p in self._known:
                     self.shelf.forget(gradient)
@@ -116,7 +116,7 @@ class Offloaded(Torch):
 
     def update(self, share: float) -> None:
         """See ``Learner.update``: parameter by parameter."""
-        waiting = [(p, gradient) for p in self.owner if (gradient := self._gradient(p)) is not None]
+        waiting = [(p, gradient) for p in self.owner if (gradient := self.gradient(p)) is not None]
         for p, _ in waiting:
             p.grad = None
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
@@ -178,7 +178,8 @@ class Offloaded(Torch):
         self.shelf.forget(kept)
         return kept
 
-    def _gradient(self, p: Tensor) -> Tensor | None:
+    def gradient(self, p: Tensor) -> Tensor | None:
+        """Of this step, where it lies."""
         return self._gradients[p] if p in self._known else p.grad
 
     def _put_gradient(self, p: Tensor) -> None:

@@ -129,6 +129,6 @@ class Disk:
                 return mmap.mmap(file.fileno(), nbytes)
         except OSError as error:
             raise TrainingError(
-                f"{self.folder}: {nbytes / 1e9:.2f} GB more cannot be put away here: "
+                f"{self.folder}: {nbytes / 1e6:,.1f} MB more cannot be put away here: "
                 f"{error.strerror}. Make room, or choose another directory (--offload-dir)."
             ) from None
