@@ -12,7 +12,7 @@ from gptoss.text.messages import CHANNELS, Role
 
 Schedule = Literal["constant", "linear", "cosine", "wsd"]
 NEW = {"save_every", "keep", "milestone", "threads", "tensorboard"}  # a run may go on with others
-NEW |= {"offload", "offload_dir", "force"}
+NEW |= {"offload", "offload_dir", "force", "tensor", "expert"}
 
 
 def said(default: Any, text: str, least: float | None = None, most: float | None = None) -> Any:
@@ -46,6 +46,8 @@ class TrainConfig:
         "and the layers not at work, which are then recomputed",
     )
     offload_dir: str | None = said(None, "put away in files here, not in memory or the run's own")
+    tensor: int = said(1, "processes that compute each batch together: some heads, some experts", 1)
+    expert: int = said(1, "processes that divide the experts and send each other tokens", 1)
     seed: int = said(0, "of new parameters and of the order of the data")
     save_every: int = said(200, "steps between checkpoints", 1)
     keep: int = said(2, "newest checkpoints to keep", 1)

@@ -12,7 +12,7 @@ goes on forgets those lines, computes the steps again, and gets the same numbers
 import json
 import os
 import shutil
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,11 +21,15 @@ import torch
 from gptoss.checkpoint.staged import staged, sync
 from gptoss.errors import CheckpointError, TrainingError
 from gptoss.train.config import NEW
+from gptoss.train.ranks import ALONE, Ranks
 
 try:
     import fcntl
 except ImportError:  # Windows: nobody watches that two runs do not share a directory
     fcntl = None  # type: ignore[assignment]
+
+
+IN_PIECES = ".metadata"  # of a checkpoint that several processes wrote
 
 
 class Folder:
@@ -35,13 +39,17 @@ class Folder:
         TrainingError: another run is at work here, or one that was begun with something else.
     """
 
-    def __init__(self, path: Path | str, asked: dict[str, Any]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path | str, asked: dict[str, Any], ranks: Ranks = ALONE) -> None:
+        self.path, self.ranks = Path(path), ranks
         self.states, self.metrics = self.path / "states", self.path / "metrics.jsonl"
+        self._lock: int | None = None
+        ranks.led(lambda: self._open(json.loads(json.dumps(asked))))
+
+    def _open(self, asked: dict[str, Any]) -> None:
         self.states.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self.path)
         try:
-            self._agree(json.loads(json.dumps(asked)))
+            self._agree(asked)
         except BaseException:
             self.close()
             raise
@@ -74,28 +82,36 @@ class Folder:
         ``mapped``: read as it is used, not into memory at once.
         """
         latest = self.latest()
-        if latest is None:
-            self._forget(0)
-            return None
-        state = read_state(latest, mapped=mapped)
-        self._forget(state["step"])
+        state: dict[str, Any] | None = None
+        if latest is not None:
+            state = read_state(latest, mapped=mapped, whole=self.ranks.alone)
+        self.ranks.led(lambda: self._forget(state["step"] if state else 0))
         return state
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """All of ``state``, or nothing. Raises CheckpointError; older checkpoints are untouched."""
+        """All of ``state``, or nothing. Raises CheckpointError; older checkpoints are untouched.
+
+        Of several processes, each writes what of ``state`` is its own.
+        """
         target = self.states / f"{step:08}"
         if target.exists():
             return
-        with (
-            staged(target, _nbytes(state)) as partial,
-            (partial / "state.pt").open("wb") as file,
-        ):
-            write(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        with staged(target, _nbytes(state)) if self.ranks.first else nullcontext() as partial:
+            if not self.ranks.alone:
+                from gptoss.train import pieces  # seconds to import
+
+                state = pieces.write(state, Path(str(self.ranks.gather(partial)[0])))
+            if partial is not None:
+                with (partial / "state.pt").open("wb") as file:
+                    write(state, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+        self.ranks.gather(None)  # nobody goes on before it is there
 
     def prune(self, keep: int, milestone: int | None) -> None:
         """Leave the ``keep`` newest checkpoints and the milestones."""
+        if not self.ranks.first:
+            return
         steps = sorted((p for p in self.states.iterdir() if p.name.isdigit()), key=lambda p: p.name)
         for old in steps[:-keep]:
             if not milestone or int(old.name) % milestone:
@@ -148,8 +164,11 @@ def write(state: dict[str, Any], file: IO[bytes]) -> None:
         raise
 
 
-def read_state(path: Path, *, mapped: bool = False) -> dict[str, Any]:
-    """What a checkpoint of a run holds. Raises CheckpointError if it cannot be read."""
+def read_state(path: Path, *, mapped: bool = False, whole: bool = True) -> dict[str, Any]:
+    """What a checkpoint of a run holds. Raises CheckpointError if it cannot be read.
+
+    ``whole``: also what several processes wrote in pieces; else, where these are.
+    """
     file = path / "state.pt"
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
@@ -158,12 +177,17 @@ def read_state(path: Path, *, mapped: bool = False) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: cannot be read ({reason}); remove it, and the run goes on from the one before"
         ) from None
-    return state
+    if not (path / IN_PIECES).exists():
+        return state
+    from gptoss.train import pieces  # seconds to import
+
+    found: dict[str, Any] = (pieces.whole if whole else pieces.kept)(state, path)
+    return found
 
 
 def _nbytes(value: Any) -> int:
     """Of all tensors inside."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value := getattr(value, "tensor", value), torch.Tensor):  # in pieces, too
         return value.nbytes
     inner = value.values() if isinstance(value, dict) else value
     return sum(map(_nbytes, inner)) if isinstance(value, dict | list | tuple) else 0

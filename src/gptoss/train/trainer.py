@@ -18,6 +18,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -30,6 +31,7 @@ from gptoss.train.config import TrainConfig, rate
 from gptoss.train.folder import Folder
 from gptoss.train.learner import Learner
 from gptoss.train.offload import learner_of
+from gptoss.train.ranks import ALONE, Ranks
 from gptoss.train.show import Board, curves
 from gptoss.train.stop import Stop, Stopped
 
@@ -50,8 +52,10 @@ class Trainer(Generic[B]):
         asked: what else the run depends on; going on with something else is refused.
         share: the learning rate of a step as a share of its peak, in place of the config's.
         watch: is told each row of metrics.
+        ranks: the processes that train together; each calls this with the same arguments.
 
     Raises:
+        ValueError: ``model`` cannot be divided among ``ranks``.
         TrainingError: another run is at work there, or one that was begun with something else.
     """
 
@@ -64,17 +68,19 @@ class Trainer(Generic[B]):
         asked: dict[str, Any] | None = None,
         share: Callable[[int], float] | None = None,
         watch: Callable[[Row], None] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         if config.device == "cpu":
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        self.model, self.config, self.watch = model, config, watch
+        self.model, self.config, self.watch, self.ranks = model, config, watch, ranks
         self.share = share or (lambda step: rate(step, config))
-        self.folder = Folder(path, asdict(config) | (asked or {}))
-        self.learner: Learner
-        self.learner = learner_of(model, config, path) if isinstance(model, nn.Module) else model
+        self.folder = Folder(path, asdict(config) | (asked or {}), ranks)
+        if isinstance(model, nn.Module):
+            model = learner_of(model, config, path, ranks=ranks)
+        self.learner: Learner = model
         self.stop = Stop()
         self.step, self.position, self.tokens = 0, None, 0.0
         self._drawn = time.monotonic()
@@ -93,11 +99,18 @@ class Trainer(Generic[B]):
         """
         try:
             with self.stop.heard():
-                while self.step < self.config.steps and self.stop.number is None:
+                while self.step < self.config.steps:
+                    if (number := self.ranks.any(self.stop.number)) is not None:
+                        self.save()  # nothing where a step was left half done: that has been saved
+                        raise Stopped(number, self.folder.path, self.step)
                     self._advance(draw, loss)
-            if self.stop.number is not None and self.step < self.config.steps:
-                self.save()  # nothing where a step was left half done: that has been saved
-                raise Stopped(self.stop.number, self.folder.path, self.step)
+        except RuntimeError as error:
+            if not self.ranks.lost(error):
+                raise
+            raise TrainingError(
+                f"{self.folder.path}: a process of this run has ended; {self._kept()}. "
+                "The same command goes on."
+            ) from None
         finally:
             self.close()
 
@@ -105,12 +118,14 @@ class Trainer(Generic[B]):
         """A step, and a checkpoint where one is due."""
         began, random = time.perf_counter(), _random()
         try:
-            with self.stop.interruptible():
+            with self.stop.interruptible() if self.ranks.alone else nullcontext():
                 batches, after = draw(self.position)
                 found = self._losses(batches, loss)
         except Diverged:
             raise
         except (GptOssError, ValueError, KeyboardInterrupt):
+            if not self.ranks.alone:  # to save takes all of them, and they may be elsewhere
+                raise
             self.save(random)
             if self.stop.number is not None:
                 return  # as if this step had not begun
@@ -131,29 +146,38 @@ class Trainer(Generic[B]):
         """Gradients of all batches, and the sums of what they report; ``norm`` and ``rate`` too."""
         self.learner.begin()
         found: dict[str, float] = {"loss": 0.0}
-        for batch in batches:
+        wrong: list[B] = []
+        for batch in self.ranks.share(batches):
             value, metrics = self.learner.learn(batch, loss)
             if not math.isfinite(value):
-                raise Diverged(self._no_number("loss", value, [batch]))
+                wrong.append(batch)
             for name, more in {"loss": value, **metrics}.items():
                 found[name] = found.get(name, 0.0) + more
+        found = self.ranks.total(found)
+        if not math.isfinite(found["loss"]):
+            raise Diverged(self._no_number("loss", found["loss"], wrong))
         norm = self.learner.clip(self.config.clip)
         if not math.isfinite(norm):
             raise Diverged(self._no_number("gradient", norm, batches))
         return found | {"norm": norm, "rate": self.share(self.step)}
 
     def _no_number(self, what: str, value: float, batches: list[B]) -> str:
-        origin = ", ".join(str(getattr(batch, "origin", "no name")) for batch in batches)
+        origins = [str(getattr(batch, "origin", "no name")) for batch in batches]
+        origin = ", ".join(dict.fromkeys(o for each in self.ranks.gather(origins) for o in each))
         origin = origin if len(origin) <= 400 else f"{origin[:400]}..."
-        kept = self.folder.latest()
-        state = f"the checkpoint of step {int(kept.name)} is kept" if kept else "nothing was saved"
         return (
             f"{self.folder.path}: the {what} of step {self.step + 1} is {value}, in the batch of "
-            f"{origin}; {state}. Look at these examples, or train with a lower rate."
+            f"{origin}; {self._kept()}. Look at these examples, or train with a lower rate."
         )
+
+    def _kept(self) -> str:
+        kept = self.folder.latest()
+        return f"the checkpoint of step {int(kept.name)} is kept" if kept else "nothing was saved"
 
     def _report(self, found: dict[str, float], seconds: float) -> None:
         self.tokens += found.get("tokens", 0.0)
+        if not self.ranks.first:
+            return
         row: Row = {"step": self.step, **found, "seen": self.tokens, "seconds": seconds}
         row |= {"tokens_per_second": found.get("tokens", 0.0) / seconds, "memory": memory(self)}
         self.folder.append(row)
@@ -182,7 +206,8 @@ class Trainer(Generic[B]):
             self._draw()
 
     def _draw(self) -> None:
-        curves(self.folder.rows(), self.folder.path / "curves.png")
+        if self.ranks.first:
+            curves(self.folder.rows(), self.folder.path / "curves.png")
         self._drawn = time.monotonic()
 
     def _restore(self, state: dict[str, Any]) -> None:
