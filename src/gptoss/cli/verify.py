@@ -259,7 +259,9 @@ def diagnosed(
 ) -> bool:
     """Which bugs a backend or a server may have."""
     from gptoss.llm.tokens import load_tokenizer
-    from gptoss.verify.probes import diagnose, local, prompts
+    from gptoss.verify.diagnosis import diagnose
+    from gptoss.verify.patients import local
+    from gptoss.verify.probes import prompts
     from gptoss.verify.remote import Server
 
     tokenizer = load_tokenizer(opened)

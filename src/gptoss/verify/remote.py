@@ -13,10 +13,14 @@ from urllib.parse import urlsplit
 
 from gptoss.errors import GptOssError
 from gptoss.text.tokenizer import Tokenizer
-from gptoss.verify.probes import STEPS, TOP, Step
+from gptoss.verify.patients import STEPS, TOP, Seen, Step, Thoughts
 
 MOST = 64 << 20  # bytes of a reply
-ASKING: list[dict[str, Any]] = [{"logprobs": TOP}, {"logprobs": True, "top_logprobs": TOP}]
+Form = dict[str, Any]
+ASKING: list[Form] = [{"logprobs": TOP}, {"logprobs": True, "top_logprobs": TOP}]
+PLAIN = {"logprobs", "top_logprobs"}
+# The prompt's own tokens: in OpenAI's first form, in vLLM's; or not at all.
+SCORING: list[Form] = [{"echo": True}, {"prompt_logprobs": TOP}, {}]
 
 
 class Server:
@@ -45,25 +49,33 @@ class Server:
         if key:
             self.headers["Authorization"] = f"Bearer {key}"
         self.tokenizer, self.names = tokenizer, names(tokenizer)
-        self.forms = [(ids, asking) for asking in ASKING for ids in (True, False)]
+        self.forms = [
+            (ids, asking | scoring)
+            for scoring in SCORING
+            for asking in ASKING
+            for ids in (True, False)
+        ]
         self.model = model or self._first_model()
 
-    def __call__(self, prompt: list[int]) -> list[Step]:
-        """See ``probes.Patient``. The first form of question that is answered is kept."""
+    def __call__(self, prompt: list[int]) -> Seen:
+        """See ``patients.Patient``. The first form of question that is answered is kept; one that
+        asks for the prompt's own tokens, where these are told.
+        """
         failure = ""
         for form in self.forms:
             status, said = self._post(prompt, *form)
-            steps = self._steps(said) if status == 200 else []
-            if steps:
+            steps = self._steps(said, prompt) if status == 200 else []
+            scored = self._scored(said, prompt) if steps else None
+            if steps and (scored is not None or form[1].keys() <= PLAIN or len(self.forms) == 1):
                 self.forms = [form]
-                return steps
+                return Seen(prompt, steps, scored or [])
             failure = failure or f"{status}: {json.dumps(said)[:200]}"
         raise GptOssError(
             f"{self.url}: /completions told no log-probabilities ({failure}). Some servers need an "
             "option for that."
         )
 
-    def _post(self, prompt: list[int], ids: bool, asking: dict[str, Any]) -> tuple[int, Any]:
+    def _post(self, prompt: list[int], ids: bool, asking: Form) -> tuple[int, Any]:
         body = {
             "model": self.model,
             "prompt": prompt if ids else self.tokenizer.decode(prompt),
@@ -97,7 +109,7 @@ class Server:
         except ValueError:
             return response.status, said.decode(errors="replace")
 
-    def _steps(self, said: Any) -> list[Step]:
+    def _steps(self, said: Any, prompt: list[int]) -> list[Step]:
         """The steps of a reply, up to the first that cannot be read.
 
         The token drawn is the likeliest. Where several are, rounded logprobs perhaps, it is the one
@@ -105,9 +117,9 @@ class Server:
         """
         steps = []
         try:
-            told = said["choices"][0]["logprobs"]
-            for drawn, top in _objects(told) if told.get("content") else _lists(told):
-                known = {t: float(c["logprob"]) for c in top if (t := self._id(c)) is not None}
+            told = _told(said)
+            for drawn, top in told[len(prompt) if _is_echo(told, prompt) else 0 :]:
+                known = self._thoughts(top)
                 if not known:
                     break
                 best = [t for t, p in known.items() if p == max(known.values())]
@@ -119,23 +131,45 @@ class Server:
             return []
         return steps[:STEPS]
 
+    def _scored(self, said: Any, prompt: list[int]) -> list[Thoughts] | None:
+        """What was thought behind each token of the prompt but the last; None: it is not told."""
+        try:
+            choice, told = said["choices"][0], _told(said)
+            if _is_echo(told, prompt):
+                return [self._thoughts(top) for _, top in told[1 : len(prompt)]]
+            scored = [
+                {int(t): float(c["logprob"]) for t, c in each.items()}
+                for each in choice["prompt_logprobs"][1:]
+            ]
+            return scored if len(scored) == len(prompt) - 1 else None
+        except (LookupError, TypeError, ValueError, AttributeError):
+            return None
+
+    def _thoughts(self, top: list[Form]) -> Thoughts:
+        return {t: float(c["logprob"]) for c in top if (t := self._id(c)) is not None}
+
     def _id(self, told: dict[str, Any]) -> int | None:
         if isinstance(told.get("id"), int):
             return int(told["id"])
         return self.names.get(str(told.get("token")))
 
 
-def _objects(told: dict[str, Any]) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """The newer form: an object for each token, its candidates within."""
-    return [(t, t["top_logprobs"]) for t in told["content"] if t.get("top_logprobs")]
-
-
-def _lists(told: dict[str, Any]) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """OpenAI's first form: lists side by side, candidates by their text."""
+def _told(said: Any) -> list[tuple[Form, list[Form]]]:
+    """Tokens and their candidates, in the newer form, an object for each token, or in OpenAI's
+    first, lists side by side, where candidates go by their text and a first token has none.
+    """
+    told = said["choices"][0]["logprobs"]
+    if told.get("content"):
+        return [(t, t["top_logprobs"]) for t in told["content"] if t.get("top_logprobs")]
     return [
-        ({"token": token}, [{"token": t, "logprob": p} for t, p in top.items()])
+        ({"token": token}, [{"token": t, "logprob": p} for t, p in (top or {}).items()])
         for token, top in zip(told["tokens"], told["top_logprobs"], strict=True)
     ]
+
+
+def _is_echo(told: list[tuple[Form, list[Form]]], prompt: list[int]) -> bool:
+    """Whether the prompt stands in front: of its first token nobody thought anything."""
+    return len(told) > len(prompt) and not told[0][1]
 
 
 def names(tokenizer: Tokenizer) -> dict[str, int | None]:
