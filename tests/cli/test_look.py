@@ -4,6 +4,7 @@ import re
 import pytest
 
 from gptoss.errors import BackendUnavailable
+from tests.cli.conftest import start
 from tests.llm.toy import toy_tokenizer
 
 
@@ -68,6 +69,7 @@ def test_plots_are_written_where_asked(gptoss_, toy, tmp_path):
         (["hi", "nano", "more"], "one word too many"),
         (["hi", "--text", "--conversation", "x.json"], "--text reads PROMPT"),
         (["hi", "-t", "-1"], "temperature"),
+        (["hi", "other", "--conversation", "x.json"], "in PROMPT's place: leave out 'hi'"),
     ],
 )
 def test_a_wrong_command_line_is_status_2_and_says_what(gptoss_, typed, said):
@@ -109,3 +111,15 @@ def test_what_cannot_be_written_is_said_before_loading(gptoss_, toy, tmp_path, m
     status, _, err = gptoss_("look", "hi", toy, "-o", tmp_path / "a.html", "--png", tmp_path)
     assert (status, err) == (1, "gptoss: plots need matplotlib\n")
     assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.slow
+def test_a_model_of_20b_widths_is_looked_at(tmp_path):
+    """3.3 GB on disk, 4 GB of memory; the page has as much of two layers as there is room for."""
+    model, page = tmp_path / "model", tmp_path / "a.html"
+    assert start("synthesize", "20b", model, "--layers", 2).wait() == 0
+    said = "The quick brown fox jumps over the lazy dog. " * 50
+    looking = start("look", said, model, "--text", "-q", "-o", page)
+    out, err = looking.communicate()
+    assert (looking.returncode, out.decode()) == (0, f"{page}\n"), err.decode()
+    assert tokens_of(page) == 501 and page.stat().st_size < 5_000_000

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 
 from gptoss.sight.messages import spans
@@ -246,3 +247,23 @@ def test_a_20b_conversation_of_any_words_opens(browser, tmp_path):
     browser.click(f"#t{len(tokens) - 1}")
     assert len(rows(browser, "#attention")) == 65
     assert len(rows(browser, "#map")) == 24
+
+
+@pytest.mark.slow
+def test_a_page_of_500_tokens_of_a_20b_opens(browser, tmp_path):
+    """`-rA` shows how long it took; docs/look.md has the figure."""
+    tokens = np.random.default_rng(3).integers(0, 199_000, 500).tolist()
+    path = tmp_path / "500.html"
+    path.write_text(page(wide(tokens), Tokenizer.o200k_harmony(), "20b"), encoding="utf-8")
+    took = []
+    for _ in range(5):
+        browser.open(path)
+        took.append(browser.js("performance.getEntriesByName('ready')[0].startTime"))
+    assert browser.js("document.querySelectorAll('.token').length") == 500
+    assert browser.complaints == []
+    browser.js("choose({ token: 400 })")
+    assert len(rows(browser, "#attention")) == 65
+    chosen = "(() => { const from = performance.now(); choose({ token: 300 }); document.body"
+    again = browser.js(f"{chosen}.offsetHeight; return performance.now() - from; }})()")
+    size = path.stat().st_size
+    print(f"{size} bytes; ready after {sorted(took)[2]:.0f} ms; another token {again:.0f} ms")

@@ -8,6 +8,7 @@ gptoss look --text "Once upon a time" nano
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,6 +48,8 @@ def run(
 
     how, path = drawing.checked(), Path(out)
     if conversation is not None and prompt is not None:  # the one word is then the model's
+        if model not in ("nano", os.environ.get("GPTOSS_MODEL")):
+            raise WrongCommandLine(f"--conversation stands in PROMPT's place: leave out {prompt!r}")
         model, prompt = prompt, None
     turns = asked(prompt, conversation, text, effort)
     if path.is_dir() or not path.parent.is_dir():

@@ -295,6 +295,7 @@ async function open() {
   choose({ token: Math.min(answer[2], last), layer: D.layers - 1 });
   D.ready = true; // from now on, what is chosen comes into view
   document.querySelector("main").setAttribute("aria-busy", "false");
+  performance.mark("ready");
 }
 
 open();
