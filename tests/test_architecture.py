@@ -53,7 +53,7 @@ ELSEWHERE = {
     "torch": ("backends/torch", "backends/triton", "train"),
     "matplotlib": ("train", "sight"),
     "triton": ("backends/triton",),
-    "mlx": ("backends/mlx",),
+    "mlx": ("backends/mlx", "train"),
     "ttnn": ("backends/ttnn",),
 }
 OPTIONAL = {

@@ -4,6 +4,7 @@ gptoss train lint nano chats.jsonl
 gptoss train preview nano chats.jsonl --lines 2
 gptoss train sft nano chats.jsonl --out runs/first --steps 300 --lr 1e-3
 gptoss train sft openai/gpt-oss-20b chats.jsonl --out runs/lora --lora 8 --dtype bfloat16
+gptoss train sft openai/gpt-oss-20b chats.jsonl --out runs/mac --lora 8 -b mlx --device gpu
 gptoss train pretrain nano texts.jsonl --out runs/new --tokenizer words.json
 gptoss train grpo nano prompts.jsonl --out runs/reward --reward exact --steps 50 --lr 3e-4
 gptoss train ppo nano prompts.jsonl --out runs/ppo --reward exact --reward 0.1*rewards.py:short
@@ -71,6 +72,9 @@ def sft(
     model: Model,
     data: Data,
     out: Out,
+    backend: Annotated[
+        Literal["torch", "mlx"], Option("-b", "--backend", help="what computes; mlx: adapters only")
+    ] = "torch",
     *,
     config: TrainConfig,
     reading: Reading,
@@ -81,6 +85,21 @@ def sft(
 
     The same command goes on where an earlier one was stopped.
     """
+    if backend == "mlx":
+        if tracing.trace is not None:
+            raise WrongCommandLine("--trace is torch's: MLX keeps nothing of a step")
+        with torch_needed():
+            from gptoss.train import mlx
+        with training(config, out) as (looked, watch):
+            mlx.sft(
+                *(model, data, out),
+                config=config,
+                reading=reading,
+                tuning=tuning,
+                watch=watch,
+                looked=looked,
+            )
+        return
     with torch_needed():
         from gptoss.train import recipes
     with tracing.observer(model) as observe, training(config, out) as (looked, watch):
@@ -297,13 +316,17 @@ def painted(document: Document, words: Tokenizer) -> Iterator[str]:
 
 @contextmanager
 def torch_needed() -> Iterator[None]:
-    """A sentence where torch is not installed."""
+    """A sentence where torch, or MLX, is not installed."""
     try:
         yield
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != "torch":
+        missing = (error.name or "").split(".")[0]
+        if missing not in ("torch", "mlx"):
             raise
-        raise BackendUnavailable("training needs torch: `pip install 'gptoss[train]'`") from None
+        extra = "train" if missing == "torch" else "train,mlx"
+        raise BackendUnavailable(
+            f"training needs {missing}: `pip install 'gptoss[{extra}]'`"
+        ) from None
 
 
 @contextmanager

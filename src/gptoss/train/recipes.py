@@ -113,23 +113,14 @@ def _supervised(
 ) -> Trainer[Any]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    words, numbers = tokenizer_of(asked), numbers_of(asked)
-    if words.vocab_size > numbers.vocab_size:
-        raise TrainingError(
-            f"{asked['model']} has {numbers.vocab_size} words, but the tokenizer "
-            f"{words.vocab_size}; give the model's own tokenizer.json"
-        )
-    corpus = corpus_of(data, words, reading, numbers.context_length, config.seed)
     plan = planned(asked, path, config, reading.tokens)
-    if not (Path(path) / "states").exists():
-        lint(corpus, looked)
+    corpus = gathered(asked, data, path, reading, config.seed, looked)
     if announce is not None:
         announce(plan)
     torch.manual_seed(config.seed)
     shelf = shelf_of(config, path) if config.offload == "parameters" else None
     module = build(asked, config.device, shelf)
     learner = learner_of(module, config, path, shelf)
-    asked |= {"data": [str(file) for file in data], "checksums": corpus.checksums}
     trainer: Trainer[Any] = Trainer(
         learner, config, path, asked=asked | asdict(reading), watch=watch
     )
@@ -142,6 +133,31 @@ def _supervised(
         observed(trainer, module, loss, observe),
     )
     return trainer
+
+
+def gathered(
+    asked: dict[str, Any],
+    data: Paths,
+    path: Path | str,
+    reading: Reading,
+    seed: int,
+    looked: Looked | None,
+) -> Corpus:
+    """A run's data, of which ``asked`` says the rest; read through before its first step.
+
+    Raises TrainingError as ``sft``.
+    """
+    words, numbers = tokenizer_of(asked), numbers_of(asked)
+    if words.vocab_size > numbers.vocab_size:
+        raise TrainingError(
+            f"{asked['model']} has {numbers.vocab_size} words, but the tokenizer "
+            f"{words.vocab_size}; give the model's own tokenizer.json"
+        )
+    corpus = corpus_of(data, words, reading, numbers.context_length, seed)
+    if not (Path(path) / "states").exists():
+        lint(corpus, looked)
+    asked |= {"data": [str(file) for file in data], "checksums": corpus.checksums}
+    return corpus
 
 
 def corpus_of(
@@ -167,13 +183,13 @@ def tokenizer_path(asked: dict[str, Any]) -> Path | None:
     """The tokenizer.json of a run, where it has one."""
     if asked["tokenizer"] is not None:
         return Path(asked["tokenizer"])
-    return None if asked["recipe"] == "pretrain" else _checkpoint(asked).tokenizer_path
+    return None if asked["recipe"] == "pretrain" else checkpoint_of(asked).tokenizer_path
 
 
 def numbers_of(asked: dict[str, Any]) -> ModelConfig:
     """The run's model config. Raises TrainingError if there is none by its name."""
     if asked["recipe"] != "pretrain":
-        return _checkpoint(asked).config
+        return checkpoint_of(asked).config
     name = asked["model"]
     if name in PRESETS:
         preset: ModelConfig = PRESETS[name]()
@@ -185,7 +201,8 @@ def numbers_of(asked: dict[str, Any]) -> ModelConfig:
     return ModelConfig.from_json(read_json(Path(name)), origin=name)
 
 
-def _checkpoint(asked: dict[str, Any]) -> Checkpoint:
+def checkpoint_of(asked: dict[str, Any]) -> Checkpoint:
+    """What a run that is no new model begins with."""
     where = resolve(asked["model"])
     if (where / "states").is_dir():
         raise TrainingError(f"{where}: this is a run; export it first: gptoss train export {where}")
@@ -199,7 +216,7 @@ def planned(
 
     Raises TrainingError where there is too little of it, unless ``config.force``.
     """
-    packed = asked["recipe"] != "pretrain" and _checkpoint(asked).layout.packed
+    packed = asked["recipe"] != "pretrain" and checkpoint_of(asked).layout.packed
     how = (path, config, tuning_of(asked), tokens)
     plan = make_plan(asked["model"], numbers_of(asked), *how, packed=packed, **rest)
     if not config.force:
@@ -217,7 +234,7 @@ def build(asked: dict[str, Any], device: str, shelf: Shelf | None = None) -> Tra
     open_device(device)
     if asked["recipe"] == "pretrain":
         return Transformer(numbers_of(asked)).to(device if shelf is None else "cpu")
-    tuning, where = tuning_of(asked), _checkpoint(asked).path
+    tuning, where = tuning_of(asked), checkpoint_of(asked).path
     module = Transformer.from_checkpoint(
         where,
         device if shelf is None else "cpu",
