@@ -14,9 +14,10 @@ gptoss train convert sharegpt.json chats.jsonl --form sharegpt
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,7 +25,7 @@ from gptoss.cli.arguments import Argument, Option, WrongCommandLine
 from gptoss.cli.endings import usage
 from gptoss.cli.terminal import bar, shown
 from gptoss.cli.tracing import Stepping
-from gptoss.errors import BackendUnavailable
+from gptoss.errors import BackendUnavailable, GptOssError
 from gptoss.train.config import Reading, TrainConfig, Tuning
 from gptoss.train.objective import Grpo, Ppo, Rollouts
 from gptoss.train.stop import Stopped
@@ -331,16 +332,27 @@ def torch_needed() -> Iterator[None]:
 
 @contextmanager
 def training(config: TrainConfig, out: Path) -> Iterator[tuple[Looked | None, Watch | None]]:
-    """Around a recipe: how far it is, what it may refuse, and what to do with what it made."""
+    """Around a recipe: how far it is, what it may refuse, and what to do with what it made.
+
+    Of the processes that torchrun started one speaks: the first, or the first that cannot go on.
+    """
+    first = os.environ.get("RANK", "0") == "0"
     try:
-        with usage(), bars(config) as watched:
+        with usage(), bars(config) if first else nullcontext((None, None)) as watched:
             yield watched
-    except Stopped as stopped:
-        print(f"gptoss: {stopped}", file=sys.stderr)
-        raise SystemExit(128 + stopped.number) from None
-    print(
-        f"{out}: trained; `gptoss train export {out} DIRECTORY` writes the model", file=sys.stderr
-    )
+    except (GptOssError, WrongCommandLine, Stopped) as error:
+        from gptoss.train import ranks
+
+        stopped = 128 + error.number if isinstance(error, Stopped) else 0
+        if not ranks.speaks():
+            raise SystemExit(stopped or 1) from None
+        if not stopped:
+            raise
+        print(f"gptoss: {error}", file=sys.stderr)
+        raise SystemExit(stopped) from None
+    if first:
+        said = f"{out}: trained; `gptoss train export {out} DIRECTORY` writes the model"
+        print(said, file=sys.stderr)
 
 
 @contextmanager

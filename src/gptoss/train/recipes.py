@@ -34,6 +34,7 @@ from gptoss.train.observe import Observe, observed
 from gptoss.train.offload import keeper, learner_of, shelf_of
 from gptoss.train.plan import Plan, make_plan
 from gptoss.train.quantize import quantize
+from gptoss.train.ranks import join
 from gptoss.train.shelf import Shelf
 from gptoss.train.trainer import Row, Trainer
 
@@ -113,16 +114,19 @@ def _supervised(
 ) -> Trainer[Any]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    plan = planned(asked, path, config, reading.tokens)
+    ranks = join(config)
+    if observe is not None and not ranks.alone:
+        raise ValueError("trace: only one process alone can be traced")
+    plan = planned(asked, path, config, reading.tokens) if ranks.alone else None
     corpus = gathered(asked, data, path, reading, config.seed, looked)
-    if announce is not None:
+    if announce is not None and plan is not None:
         announce(plan)
     torch.manual_seed(config.seed)
     shelf = shelf_of(config, path) if config.offload == "parameters" else None
     module = build(asked, config.device, shelf)
-    learner = learner_of(module, config, path, shelf)
+    learner = learner_of(module, config, path, shelf, ranks)
     trainer: Trainer[Any] = Trainer(
-        learner, config, path, asked=asked | asdict(reading), watch=watch
+        learner, config, path, asked=asked | asdict(reading), watch=watch, ranks=ranks
     )
 
     def loss(batch: Batch) -> Any:
