@@ -116,10 +116,10 @@ def test_the_trainers_numbers_are_the_samplers(parameters, rollouts):
     mixed = [answers[i * 7 % 16] for i in range(16)]
     for some in (answers, mixed, answers[3:4], mixed[5:8]):
         batch, sampled = packed(some)
-        assert torch.equal(policy.score(batch)[0].detach(), sampled)
+        assert torch.equal(policy.score(batch).detach(), sampled)
         with torch.no_grad():
-            assert torch.equal(policy.score(batch)[0], sampled)
-    ordinary = Policy(coin(parameters), TOKENIZER.vocab_size, CONFIG).score(batch)[0].detach()
+            assert torch.equal(policy.score(batch), sampled)
+    ordinary = Policy(coin(parameters), TOKENIZER.vocab_size, CONFIG).score(batch).detach()
     assert 0.0 < float((ordinary - sampled).abs().max()) < 1e-5  # the same model, other roundings
 
 
@@ -131,7 +131,7 @@ def test_gradients_are_the_ordinary_ones(parameters, recompute):
     slope = random(len(batch.targets))
     for each, scorer in ((model, logprobs), (coin(parameters), loss.logprobs)):
         policy = Policy(each, TOKENIZER.vocab_size, config, logprobs=scorer)
-        (policy.score(batch)[0] * slope).sum().backward()
+        (policy.score(batch) * slope).sum().backward()
         found.append({name: p.grad for name, p in each.named_parameters()})
     for name, gradient in found[1].items():
         most = float(gradient.abs().max())

@@ -112,11 +112,11 @@ def test_replayed_experts_are_visited_and_the_router_still_learns(parameters, re
     chosen = chosen.argsort(dim=-1)[..., :K]
     for i, block in enumerate(other.block):
         block.mlp.gate = Told(block.mlp.gate, chosen[:, i])
-    expected = policy(other).score(batch, Routing())[0]  # traced: all tokens visit the last layer
+    expected = policy(other).score(batch, Routing())  # traced: all tokens visit the last layer
     routing = Routing()
     config = replace(CONFIG, recompute=recompute)
-    found = policy(model, config).score(batch, routing, chosen.to(torch.int16))[0]
-    own = policy(model).score(batch)[0]
+    found = policy(model, config).score(batch, routing, chosen.to(torch.int16))
+    own = policy(model).score(batch)
     assert torch.equal(visited(routing), chosen.sort().values)
     assert torch.allclose(found, expected, atol=1e-5)
     assert not torch.allclose(found, own, atol=1e-3)  # it matters

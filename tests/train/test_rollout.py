@@ -33,8 +33,7 @@ def scored(model, answers):
     """float32 [W], what the trainer thinks of each token, and what the sampler thought."""
     [batch] = collate([[a.document for a in answers]])
     assert batch.targets.tolist() == [token for a in answers for token in a.tokens]
-    now, value = Policy(model, TOKENIZER.vocab_size, CONFIG).score(batch)
-    assert value is None
+    now = Policy(model, TOKENIZER.vocab_size, CONFIG).score(batch)
     return now, torch.tensor([logprob for a in answers for logprob in a.logprobs])
 
 

@@ -7,6 +7,7 @@ Goes on where an earlier call with the same arguments was interrupted.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ class GroupRelative:
         return max(rewards) - min(rewards) > FLAT
 
     def advise(
-        self, answers: list[Answer], steps: list[Step], memory: dict[str, float]
+        self, answers: list[Answer], steps: list[Step], memory: dict[str, Any]
     ) -> dict[str, float]:
         """See ``Recipe.advise``: every token of an answer has the answer's advantage."""
         rewards = torch.tensor([answer.reward for answer in answers]).view(-1, self.group)
@@ -93,9 +94,7 @@ class GroupRelative:
                 m.known["advantage"] = better[m.rows].repeat_interleave(counts)
         return {}
 
-    def losses(
-        self, now: Tensor, value: Tensor | None, known: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, now: Tensor, known: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """See ``Recipe.losses``."""
         o = self.objective
         bounds = (now, known["old"], known["advantage"], o.clip_low, o.clip_high)

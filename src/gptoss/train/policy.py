@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gptoss.backends.torch.modules import Transformer
 from gptoss.model.model import no_trace
@@ -22,7 +22,7 @@ class Minibatch:
 
     batch: Batch | None  # None: the round gave nothing to learn from
     rows: list[int]  # which of the round's answers
-    known: dict[str, Tensor]  # [W] each: sampled, old, advantage; reference, value, target
+    known: dict[str, Tensor]  # [W] each: sampled, old, advantage; reference, states [W, D]
     metrics: dict[str, float]  # of the round, told once
     chosen: Tensor | None = None  # int16 [T, L, k]: the experts each token visited when drawn
 
@@ -43,24 +43,11 @@ class Minibatch:
         return cls(**{**packed, "batch": batch and Batch(**batch)})
 
 
-class ValueHead(nn.Module):
-    """What is still to be earned after a token: the last norm's output [W, D] -> float32 [W]."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(hidden_size))
-        self.bias = nn.Parameter(torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """In float32, whatever x is."""
-        return x.float() @ self.weight.float() + self.bias.float()
-
-
 class Policy:
     """A model that answers, as the trainer sees it.
 
     Args:
-        model: what is trained; with ``value``, a ``ValueHead`` becomes a part of it.
+        model: what is trained.
         words: how many of its words can be drawn. The others have no probability.
         config: how it is computed.
         logprobs: ``loss.logprobs``, or what stands in for it.
@@ -72,17 +59,12 @@ class Policy:
         words: int,
         config: TrainConfig,
         *,
-        value: bool = False,
         logprobs: Callable[[Tensor, Tensor, Tensor], Tensor] = logprobs,
     ) -> None:
         self.model, self.words, self.config, self.logprobs = model, words, config, logprobs
         table = model.embedding.weight
         self.device = table.device
         self.narrow = config.autocast or table.dtype is torch.bfloat16
-        self.head: ValueHead | None = None
-        if value:
-            self.head = ValueHead(model.config.hidden_size).to(self.device)
-            model.add_module("value", self.head)
 
     def score(
         self,
@@ -91,19 +73,22 @@ class Policy:
         chosen: Tensor | None = None,
         *,
         model: Transformer | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """float32 [W]: the log-probability of each of ``batch.targets``; and what its token's value
-        is, [W], where there is a head. ``routing`` is told what routers do; ``chosen``, int
-        [T, L, k], is what they are to do (and to tell). ``model``: another's opinion."""
+        states: list[Tensor] | None = None,
+    ) -> Tensor:
+        """float32 [W]: the log-probability of each of ``batch.targets``.
+
+        ``routing`` is told what routers do; ``chosen``, int [T, L, k], is what they are to do (and
+        to tell). ``model``: another's opinion. ``states`` gets the last norm's output, [W, D].
+        """
         model, layer = model or self.model, layer_of(self.config)
         if chosen is not None:
             assert routing is not None
             layer = replaying(layer, chosen.to(self.device))
-        table, values = model.unembedding.weight[: self.words], []
+        table = model.unembedding.weight[: self.words]
 
         def head(x: Tensor) -> Tensor:
-            if self.head is not None:
-                values.append(self.head(x))
+            if states is not None:
+                states.append(x)
             return self.logprobs(x, table, batch.targets)
 
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast):
@@ -115,7 +100,7 @@ class Policy:
                 layer=layer,
                 trace=routing or no_trace,
             )
-        return found, values[0] if values else None
+        return found
 
 
 def clipped(now: Tensor, old: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:

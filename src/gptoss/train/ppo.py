@@ -7,6 +7,7 @@ Goes on where an earlier call with the same arguments was interrupted.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from gptoss.train.reward import Reward
 from gptoss.train.rollout import Answer
 from gptoss.train.rounds import Step
 from gptoss.train.trainer import Row, Trainer
+from gptoss.train.value import ValueHead
+
+FLAT = 1e-6  # a deviation, or a variance, that is only rounding
 
 
 def ppo(
@@ -38,7 +42,7 @@ def ppo(
     observe: Observe | None = None,
     announce: Announce | None = None,
 ) -> Trainer[Minibatch]:
-    """As ``grpo``; the value head is saved with the run and is no part of what is exported."""
+    """As ``grpo``; the value head is kept with the run and is no part of what is exported."""
     recipe = Proximal(objective)
     return from_checkpoint(
         *(model, data, path, rewards, recipe),
@@ -65,44 +69,62 @@ class Proximal:
         return True
 
     def advise(
-        self, answers: list[Answer], steps: list[Step], memory: dict[str, float]
+        self, answers: list[Answer], steps: list[Step], memory: dict[str, Any]
     ) -> dict[str, float]:
-        """See ``Recipe.advise``: advantages by GAE, then made even over the round."""
+        """See ``Recipe.advise``: advantages by GAE, less their mean.
+
+        They are divided by the largest deviation that a round has had, not by this round's: where
+        nearly all answers are as good, what is left of it is noise, and would count as much as
+        the signal did before.
+        """
         o, all_of = self.objective, [m for step in steps for m in step]
-        weight = memory.setdefault("kl_weight", o.kl)
-        for m in all_of:
-            counts = [len(answers[row].tokens) for row in m.rows]
-            earned = torch.zeros_like(m.known["old"])
-            if "reference" in m.known:
-                earned -= weight * (m.known["old"] - m.known["reference"])
-            ends = torch.tensor(counts).cumsum(0) - 1
-            earned[ends] += torch.tensor([answers[row].reward for row in m.rows])
-            each = zip(*(torch.split(x, counts) for x in (earned, m.known["value"])), strict=True)
-            m.known["advantage"] = torch.cat([gae(r, v, o.gamma, o.lam) for r, v in each])
-            m.known["target"] = m.known["advantage"] + m.known["value"]
-        every = torch.cat([m.known["advantage"] for m in all_of])
-        for m in all_of:
-            m.known["advantage"] = (m.known["advantage"] - every.mean()) / (every.std() + 1e-8)
-        metrics = {"explained": explained(all_of)}
-        if "reference" in all_of[0].known:
-            apart = sum(float((m.known["old"] - m.known["reference"]).sum()) for m in all_of)
-            metrics |= {"kl_answer": apart / sum(len(m.rows) for m in all_of), "kl_weight": weight}
+        told = [answers[row] for m in all_of for row in m.rows]
+        weight, kl = memory.setdefault("kl_weight", o.kl), "reference" in all_of[0].known
+        apart = of(all_of, "old") - of(all_of, "reference" if kl else "old")
+        states = torch.cat([m.known.pop("states") for m in all_of])
+        better, metrics = self._better(told, -weight * apart, states, memory)
+        memory["scale"] = max(memory.get("scale", FLAT), metrics["deviation"])
+        even = (better - better.mean()) / memory["scale"]
+        sizes = [len(m.known["old"]) for m in all_of]
+        for m, advantage in zip(all_of, torch.split(even, sizes), strict=True):
+            m.known["advantage"] = advantage
+        if kl:
+            metrics |= {"kl_answer": float(apart.sum()) / len(told), "kl_weight": weight}
             if o.kl_target is not None:
                 memory["kl_weight"] = steered(weight, metrics["kl_answer"], o.kl_target)
         return metrics
 
-    def losses(
-        self, now: Tensor, value: Tensor | None, known: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _better(
+        self, told: list[Answer], earned: Tensor, states: Tensor, memory: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, float]]:
+        """How much better each token is than its value, all [W]; the head learns from it.
+
+        ``earned``: what tokens cost; answers' rewards are added at their ends.
+        """
+        lengths = [len(answer.tokens) for answer in told]
+        earned[torch.tensor(lengths).cumsum(0) - 1] += torch.tensor([a.reward for a in told])
+        head = ValueHead(**memory["head"]) if "head" in memory else ValueHead.new(states.shape[1])
+        value = head(states)
+        each = zip(*(torch.split(x, lengths) for x in (earned, value)), strict=True)
+        better = torch.cat([gae(r, v, self.objective.gamma, self.objective.lam) for r, v in each])
+        target = better + value
+        memory["head"] = head.after(states, target).packed()
+        deviation = float(better.std(correction=0))
+        return better, {"explained": explained(value, target), "deviation": deviation}
+
+    def losses(self, now: Tensor, known: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """See ``Recipe.losses``."""
-        assert value is not None
         o = self.objective
         bounds = (now, known["old"], known["advantage"], o.clip_low, o.clip_high)
-        wrong = value_losses(value, known["value"], known["target"], o.value_clip)
-        said = ratios(*bounds) | {"value_loss": wrong}
+        said = ratios(*bounds)
         if "reference" in known:
             said["kl"] = divergence(now, known["reference"])
-        return clipped(*bounds) + o.value * wrong, said
+        return clipped(*bounds), said
+
+
+def of(minibatches: Sequence[Minibatch], name: str) -> Tensor:
+    """What is known of all of their tokens."""
+    return torch.cat([m.known[name] for m in minibatches])
 
 
 def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
@@ -118,21 +140,13 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
     return torch.tensor(found[::-1], dtype=values.dtype)
 
 
-def value_losses(value: Tensor, before: Tensor, target: Tensor, clip: float) -> Tensor:
-    """Half the squared error of each value, or of what clipping its move leaves, if that is more.
-
-    All [W]; ``before``: what the values were when the round was scored.
-    """
-    held = before + (value - before).clamp(-clip, clip)
-    return 0.5 * torch.maximum((value - target) ** 2, (held - target) ** 2)
-
-
 def steered(weight: float, kl: float, target: float) -> float:
     """The KL weight of the next round: Ziegler et al. 2019, section 2.2."""
     return weight * (1.0 + 0.1 * max(-0.2, min(0.2, kl / target - 1.0)))
 
 
-def explained(minibatches: Sequence[Minibatch]) -> float:
-    """Share of what varies in the targets that the values knew before."""
-    target, value = (torch.cat([m.known[k] for m in minibatches]) for k in ("target", "value"))
-    return float(1.0 - (target - value).var() / target.var().clamp(min=1e-8))
+def explained(value: Tensor, target: Tensor) -> float:
+    """Share of what varies in the targets that the values knew before; 0 if nothing does."""
+    varies = float(target.var(correction=0))
+    left = float((target - value).var(correction=0))
+    return 1.0 - left / varies if varies > FLAT else 0.0

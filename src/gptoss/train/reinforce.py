@@ -82,7 +82,7 @@ def rounds_of(
         *(module, tokenizer, judges, rollouts), autocast=config.autocast, backend=backend
     )
     reference = deepcopy(module).requires_grad_(False) if recipe.objective.kl else None
-    policy = Policy(module, sampler.words, config, value=recipe.values, logprobs=scorer)
+    policy = Policy(module, sampler.words, config, logprobs=scorer)
     return Rounds(recipe, policy, sampler, corpus, rollouts, reference)
 
 

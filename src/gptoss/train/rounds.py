@@ -41,7 +41,7 @@ class Recipe(Protocol):
 
     name: str
     attempts: int  # how often prompts are drawn to fill a round with useful groups
-    values: bool  # whether it needs a value head
+    values: bool  # whether it has a value head, which is shown ``states``
 
     @property
     def objective(self) -> Grpo | Ppo:
@@ -51,16 +51,15 @@ class Recipe(Protocol):
         """Whether anything can be learned from the answers to one prompt."""
 
     def advise(
-        self, answers: list[Answer], steps: list[Step], memory: dict[str, float]
+        self, answers: list[Answer], steps: list[Step], memory: dict[str, Any]
     ) -> dict[str, float]:
         """Put ``advantage`` into what is known of each minibatch; the round's metrics.
 
-        ``memory`` goes from round to round and is kept in checkpoints.
+        ``memory`` goes from round to round and is kept in checkpoints. With ``values``, each
+        minibatch's ``states``, the last norm's output [W, D], are to be taken out of what is known.
         """
 
-    def losses(
-        self, now: Tensor, value: Tensor | None, known: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, now: Tensor, known: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Of each token [W], and what is said of each token."""
 
 
@@ -105,8 +104,8 @@ class Rounds:
         routing, config = Routing(), self.policy.config
         batch = minibatch.batch.to(self.policy.device)
         known = {name: x.to(self.policy.device) for name, x in minibatch.known.items()}
-        now, value = self.policy.score(batch, routing, minibatch.chosen)
-        losses, said = self.recipe.losses(now, value, known)
+        now = self.policy.score(batch, routing, minibatch.chosen)
+        losses, said = self.recipe.losses(now, known)
         loss = (losses * batch.weights).sum()
         metrics = {name: float((x.detach() * batch.weights).sum()) for name, x in said.items()}
         metrics["tokens"] = float(len(batch.tokens))
@@ -188,14 +187,15 @@ class Rounds:
         assert minibatch.batch is not None
         batch, known = minibatch.batch.to(self.policy.device), minibatch.known
         routing = None if minibatch.chosen is None else Routing()
-        old, value = self.policy.score(batch, routing, minibatch.chosen)
+        states: list[Tensor] | None = [] if self.recipe.values else None
+        old = self.policy.score(batch, routing, minibatch.chosen, states=states)
         known["old"] = old.cpu()
         if routing is not None:
             known["rerouted"] = rerouted(routing)[batch.wanted].cpu()
-        if value is not None:
-            known["value"] = value.cpu()
+        if states:
+            known["states"] = states[0].float().cpu()
         if self.reference is not None:
-            known["reference"] = self.policy.score(batch, model=self.reference)[0].cpu()
+            known["reference"] = self.policy.score(batch, model=self.reference).cpu()
 
     def _gap(self, steps: list[Step]) -> dict[str, float]:
         """How far the sampler is from the trainer, who have the same weights."""
