@@ -74,6 +74,7 @@ class Row:
     def __init__(self, config: ModelConfig, sinks: list[NDArray]) -> None:
         self.keys: Keys | None = Keys(config, sinks)
         self.parts: list[Part] = []  # that were not taken yet
+        self.waiting = 0  # tokens in them
         self.expected: tuple[NDArray, float] | None = (
             None  # logits behind the last token, their sum
         )
@@ -88,7 +89,13 @@ class Row:
         ]
         new = new | {"came": np.array(came, np.float32), "ids": ids, "logprobs": logprobs}
         self.parts.append((start, new))
+        self.waiting += len(logits)
         self.expected = np.array(logits[-1]), float(sums[-1])
+
+    def take(self) -> list[Part]:
+        """The parts, which are no longer kept here."""
+        parts, self.parts, self.waiting = self.parts, [], 0
+        return parts
 
 
 class Recorder:
@@ -200,10 +207,10 @@ def likeliest(logits: NDArray) -> tuple[NDArray, NDArray, NDArray]:
     count = min(CANDIDATES, logits.shape[1])
     ids, logprobs, sums = [], [], []
     for first in range(0, len(logits), ROWS):
-        x = logits[first : first + ROWS].astype(np.float64)
+        x = logits[first : first + ROWS]
         top = x.max(axis=-1, keepdims=True)
-        whole = top + np.log(np.exp(x - top).sum(axis=-1, keepdims=True))
-        best = np.sort(np.argpartition(-x, count - 1, axis=-1)[:, :count], axis=-1)
+        whole = top + np.log(np.exp(x - top).sum(axis=-1, keepdims=True, dtype=np.float64))
+        best = np.sort(np.argpartition(x, -count, axis=-1)[:, -count:], axis=-1)
         order = np.argsort(-np.take_along_axis(x, best, axis=-1), axis=-1, kind="stable")
         ids.append(np.take_along_axis(best, order, axis=-1))
         logprobs.append(np.take_along_axis(x, ids[-1], axis=-1) - whole)

@@ -80,7 +80,7 @@ class Requests:
         if self.over:
             return [None] * len(batch.slots)
         for live in self.live.values():
-            if sum(len(part["tokens"]) for _, part in live.row.parts) >= PART:
+            if live.row.waiting >= PART:
                 self._write(live)
         rows = {row.slot: row for row in self.engine.scheduler.running if row.slot is not None}
         pairs = zip(batch.slots.tolist(), batch.past.tolist(), strict=True)
@@ -112,7 +112,7 @@ class Requests:
             held.pop(longest).keys = None
 
     def _write(self, live: Live) -> None:
-        parts, live.row.parts = live.row.parts, []
+        parts = live.row.take()
         if not parts or self.over:
             return
         about = {"config": asdict(self.recorder.config), "points": self.recorder.names}
