@@ -26,7 +26,8 @@ from gptoss.train.ranks import Ranks
 class Sharded(Torch):
     """See the module, and ``Learner``. Raises ValueError: the model cannot be divided so."""
 
-    def __init__(self, model: Transformer, config: TrainConfig, ranks: Ranks) -> None:
+    def __init__(self, model: nn.Module, config: TrainConfig, ranks: Ranks) -> None:
+        assert isinstance(model, Transformer)
         divide(model, ranks)
         self.model: Transformer
         self.model, self.ranks = model, ranks

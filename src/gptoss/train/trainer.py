@@ -97,22 +97,22 @@ class Trainer(Generic[B]):
             CheckpointError: a checkpoint could not be written; the last one is kept.
             Stopped: SIGINT or SIGTERM came; the last finished step is kept.
         """
-        try:
-            with self.stop.heard():
+        with self.stop.heard():
+            try:
                 while self.step < self.config.steps:
                     if (number := self.ranks.any(self.stop.number)) is not None:
                         self.save()  # nothing where a step was left half done: that has been saved
                         raise Stopped(number, self.folder.path, self.step)
                     self._advance(draw, loss)
-        except RuntimeError as error:
-            if not self.ranks.lost(error):
-                raise
-            raise TrainingError(
-                f"{self.folder.path}: a process of this run has ended; {self._kept()}. "
-                "The same command goes on."
-            ) from None
-        finally:
-            self.close()
+            except RuntimeError as error:
+                if not self.ranks.lost(error):
+                    raise
+                raise TrainingError(
+                    f"{self.folder.path}: a process of this run has ended; {self._kept()}. "
+                    "The same command goes on."
+                ) from None
+            finally:
+                self.close()
 
     def _advance(self, draw: Draw[B], loss: Loss[B]) -> None:
         """A step, and a checkpoint where one is due."""
