@@ -266,6 +266,5 @@ def load_run(path: Path | str, device: str = "cpu") -> tuple[Transformer, dict[s
             "cannot be built; put back the config.json that the run was begun with"
         )
     model = build(asked, device)
-    tensors = read_state(latest)["model"]
-    restore(model, {n: t for n, t in tensors.items() if not n.startswith("value.")})  # PPO's head
+    restore(model, read_state(latest)["model"])
     return model, asked
