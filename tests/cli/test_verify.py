@@ -5,7 +5,7 @@ import json
 import pytest
 
 from gptoss.checkpoint.open import open_checkpoint
-from gptoss.cli.verify import Running
+from gptoss.cli.candidates import Running
 from gptoss.llm.plan import make_plan
 from gptoss.verify.probes import write_probe
 from gptoss.verify.trace import TraceFile

@@ -17,6 +17,7 @@ from gptoss.verify.mutants import BUGS, planted
 from gptoss.verify.patients import Seen, Step, answers, local, log_softmax, said, table
 from gptoss.verify.probes import PROBE, prompts, write_probe
 from gptoss.verify.remote import Server
+from tests.verify.test_verify import REST
 
 LENGTHS = (1, 3, 5, 13, 130, 150, 200, 300)  # a part of the kit's, for time
 EQUAL = {"positions counted from one"}  # attention sees differences of positions only
@@ -88,6 +89,7 @@ def test_what_no_bug_of_the_list_explains_is_not_healthy(ours):
         ("native", {"precision": "fast"}),
         ("torch", {"dtype": "float32"}),
         ("torch", {"dtype": "bfloat16"}),
+        *(pytest.param(name, how, marks=pytest.mark.slow) for name, how in REST),
     ],
 )
 def test_our_own_backends_have_none(probe, ours, seen, name, how):

@@ -51,7 +51,23 @@ def wrong(found, mode="isolated"):
     return [f.point for f in found if not f.ok and f.mode == mode]
 
 
-@pytest.mark.parametrize("name, how", ALL)
+REST = [  # what else we ship
+    ("reference", {"dtype": "float64"}),
+    ("native", {"precision": "exact", "kv": "bfloat16"}),
+    ("native", {"precision": "exact", "kv": "int8"}),
+    ("native", {"precision": "fast", "kv": "float32"}),
+    ("torch", {"dtype": "float64"}),
+    ("mlx", {"dtype": "float32", "device": "cpu"}),
+    ("mlx", {"dtype": "bfloat16", "device": "cpu"}),
+    ("mlx", {"dtype": "float32", "device": "cpu", "precision": "fast"}),
+    ("mlx", {"dtype": "float32", "device": "cpu", "precision": "small"}),
+    ("mlx", {"dtype": "bfloat16", "device": "cpu", "kv": "int8"}),
+]
+
+
+@pytest.mark.parametrize(
+    "name, how", [*ALL, *(pytest.param(*one, marks=pytest.mark.slow) for one in REST)]
+)
 def test_a_right_backend_is_right_everywhere(name, how):
     found = findings(Candidate(WIDE, reader(WIDE, 4), name, how), [16, 140])
     assert all(f.ok for f in found), "\n".join(str(f) for f in found if not f.ok)

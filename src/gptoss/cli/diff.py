@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from gptoss.cli import options
 from gptoss.cli.arguments import Argument, Option, WrongCommandLine
+from gptoss.cli.candidates import Running, opened_model
 from gptoss.cli.endings import usage
-from gptoss.cli.verify import Running, opened_model
 from gptoss.errors import GptOssError
 
 if TYPE_CHECKING:
