@@ -6,6 +6,7 @@ writes into a shared one copies it first. What lies in a page: ``csrc/ops/attent
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy.typing as npt
 
 from gptoss import _core
 from gptoss.backends.protocol import Batch
-from gptoss.backends.slots import Arrays, Slots, check_held
+from gptoss.backends.slots import Arrays, StripCache
 from gptoss.model.config import ModelConfig
 
 Floats = npt.NDArray[np.float32]
@@ -23,7 +24,7 @@ SPARE = 128  # tokens that a row can always be rewound from the longest it has b
 ALIGNED = 64  # bytes; a vector never straddles two cache lines
 
 
-class NativeCache(Slots):
+class NativeCache(StripCache):
     """Per slot and layer, the pages that hold its keys and values.
 
     Args:
@@ -36,10 +37,9 @@ class NativeCache(Slots):
     """
 
     def __init__(self, config: ModelConfig, max_tokens: int, dtype: str = "bfloat16") -> None:
-        super().__init__(max_tokens)
-        self.config, self.dtype = config, dtype
+        self.dtype = dtype
         self.page_bytes: int = _core.page_bytes(dtype, config.num_key_value_heads, config.head_dim)
-        self.strips: dict[int, list[Strip]] = {}  # by slot, then by layer
+        super().__init__(config, max_tokens, partial(Strip, self.page_bytes))
 
     @property
     def nbytes(self) -> int:
@@ -49,37 +49,11 @@ class NativeCache(Slots):
             {id(page) for strip in strips for page in strip.pages.values()}
         )
 
-    def open(self) -> int:
-        """See ``Cache.open``."""
-        slot = super().open()
-        layers = range(self.config.num_hidden_layers)
-        self.strips[slot] = [Strip(self.page_bytes, self.config.window(i)) for i in layers]
-        return slot
-
-    def truncate(self, slot: int, length: int) -> None:
-        """See ``Cache.truncate``."""
-        check_held(slot, length, self.strips[slot])
-        super().truncate(slot, length)
-        for strip in self.strips[slot]:
-            strip.truncate(length)
-
-    def fork(self, slot: int, length: int) -> int:
-        """See ``Cache.fork``. No byte is copied until one of the two writes."""
-        check_held(slot, length, self.strips[slot])
-        child = self.open()
-        try:
-            self.reserve(child, length)
-        except BaseException:
-            self.close(child)
-            raise
-        self.strips[child] = [strip.fork(length) for strip in self.strips[slot]]
-        return child
-
     def close(self, slot: int) -> None:
         """See ``Cache.close``."""
+        for strip in self.strips[slot]:
+            strip.head(0)
         super().close(slot)
-        for strip in self.strips.pop(slot):
-            strip.truncate(0)
 
     def dump(self, slot: int) -> Arrays:
         """See ``RowCache.dump``: page by page, as it lies in memory."""
@@ -154,23 +128,22 @@ class Strip:
                 self._drop(self.gone)
                 self.gone += 1
 
-    def truncate(self, length: int) -> None:
-        """Be as when the row had ``length`` tokens."""
+    def head(self, length: int, *, shared: bool = False) -> "Strip":
+        """The strip as it was when the row had ``length`` tokens; shared: another, in the same
+        pages, of which none is copied until one of the two writes.
+        """
+        if shared:
+            new = Strip(self.page_bytes, self.window)
+            new.gone, new.length = self.gone, self.length
+            for i, page in self.pages.items():
+                new._place(i, page)
+            return new.head(length)
         self.length = min(length, self.length)
         for i in [i for i in self.pages if i * PAGE >= self.length]:
             self._drop(i)
         if not self.length:
             self.gone = 0
-
-    def fork(self, length: int) -> "Strip":
-        """A strip of the first ``length`` tokens, in the same pages."""
-        new = Strip(self.page_bytes, self.window)
-        if length:
-            new.gone, new.length = self.gone, min(length, self.length)
-            for i, page in self.pages.items():
-                if i * PAGE < new.length:
-                    new._place(i, page)
-        return new
+        return self
 
     def fill(self, length: int, pages: dict[int, npt.NDArray[np.uint8]]) -> None:
         """Be a row of ``length`` tokens, with the bytes of these pages."""
