@@ -11,7 +11,7 @@ import pytest
 from gptoss.llm.models import NANO
 from gptoss.text.tokenizer import Tokenizer
 from gptoss.verify.trace import TraceFile
-from gptoss.verify.traces import Traces
+from gptoss.verify.traces import MAGIC, Traces
 from tests.cli.conftest import run, start
 
 WORDS = Tokenizer.from_file(NANO / "tokenizer.json")
@@ -48,10 +48,13 @@ def test_chat_without_a_word_leaves_no_trace(tmp_path):
         (["serve", "--trace-size", "1GB"], "--trace-size is for --trace", 2),
         (["serve", "--trace", "{here}/t", "--trace-size", "much"], "is not a size such as", 2),
         (["serve", "--port", "0", "--trace", "{here}/letter"], "no file of traces", 1),
+        (["generate", "-p", "x", "--trace", "{here}/many"], "names another file", 1),
+        (["diff", "{here}/letter", "--list"], "no file of many traces", 1),
     ],
 )
 def test_a_wrong_trace_is_a_sentence(gptoss_, tmp_path, words, why, status):
     (tmp_path / "letter").write_text("Dear reader, this is no trace at all.")
+    (tmp_path / "many").write_bytes(MAGIC)
     found, out, err = gptoss_(*(word.format(here=tmp_path) for word in words))
     if "pip install" in err:
         pytest.skip(err)

@@ -77,8 +77,10 @@ def run(
 
 def listed(path: str, as_json: bool) -> None:
     """A line for each trace: its name, how many tokens, of which how many were given."""
-    from gptoss.verify.traces import Traces
+    from gptoss.verify.traces import Traces, is_traces
 
+    if not is_traces(path):
+        raise GptOssError(f"{path}: is no file of many traces, as serve and train write them")
     traces = Traces(path)
     for name in traces.names:
         tokens, prompt = traces.size(name)

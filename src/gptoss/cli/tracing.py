@@ -34,6 +34,11 @@ class Tracing:
 
     def __post_init__(self) -> None:
         check(self.trace, self.point)
+        if self.trace is not None and self.trace.is_file():
+            from gptoss.verify.traces import is_traces
+
+            if is_traces(self.trace):
+                raise GptOssError(f"{self.trace}: holds many traces; --trace names another file")
 
     @contextmanager
     def of(self, llm: LLM, model: str) -> Iterator[None]:
