@@ -366,7 +366,7 @@ def test_a_checkpoint_is_not_converted_onto_itself(sources, tmp_path):
 def test_a_disk_too_small_is_known_beforehand(sources, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(CheckpointError, match=r"needs 0\.0 GB, but the disk has 0\.0 GB free"):
+    with pytest.raises(CheckpointError, match=r"needs 0\.00 GB, but the disk has 0\.00 GB free"):
         convert(sources / "original", tmp_path / "x", "huggingface")
     assert not list(tmp_path.iterdir())
 

@@ -7,6 +7,7 @@ torch = pytest.importorskip("torch")
 import io  # noqa: E402
 import json  # noqa: E402
 import random  # noqa: E402
+import resource  # noqa: E402
 import signal  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
@@ -18,6 +19,7 @@ from gptoss.errors import CheckpointError, TrainingError  # noqa: E402
 from gptoss.train import folder  # noqa: E402
 from gptoss.train.batch import collate  # noqa: E402
 from gptoss.train.loss import cross_entropy  # noqa: E402
+from gptoss.train.show import curves  # noqa: E402
 from tests.train.runs import CONFIG, documents, draw, losses, train, trainer  # noqa: E402
 
 
@@ -124,6 +126,24 @@ def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stays(whole, tmp_pa
     monkeypatch.undo()
     assert [p.name for p in (tmp_path / "states").iterdir()] == ["00000003"]
     assert losses(train(tmp_path)[0]) == losses(whole[1])
+
+
+@pytest.fixture
+def full():
+    """A disk on which no file may grow beyond a few bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_a_run_writes_beside_checkpoints_finds_no_room(tmp_path, full, caplog):
+    """A picture is not worth the run; without its metrics it ends, and says where."""
+    curves([{"step": 1, "loss": 2.0}], tmp_path / "curves.png")
+    assert "curves.png is not drawn: File too large" in caplog.text
+    with pytest.raises(CheckpointError, match="config.json: cannot be written: File too large"):
+        trainer(tmp_path / "run")
+    assert sorted(p.name for p in tmp_path.glob("**/*") if p.is_file()) == ["lock"]
 
 
 def test_what_the_system_says_of_a_failed_write_is_heard():

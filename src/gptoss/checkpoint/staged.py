@@ -74,7 +74,7 @@ def _check_room(target: Path, needed: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if free < needed + (1 << 20):  # headers, config
         raise CheckpointError(
-            f"{target}: needs {needed / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB free; "
+            f"{target}: needs {needed / 1e9:,.2f} GB, but the disk has {free / 1e9:,.2f} GB free; "
             "make room or choose another disk"
         )
 

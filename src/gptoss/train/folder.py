@@ -219,8 +219,12 @@ def read_document(path: Path) -> dict[str, Any]:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a small file in one go."""
+    """Write a small file in one go. Raises CheckpointError; the old one stays."""
     new = path.with_name(f".{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    sync(new)
-    os.replace(new, path)
+    try:
+        new.write_text(text, encoding="utf-8")
+        sync(new)
+        os.replace(new, path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from None

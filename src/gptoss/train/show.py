@@ -37,7 +37,7 @@ class Board:
 
 
 def curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """A picture with a curve for each metric; nothing, said once, where matplotlib is missing."""
+    """A picture with a curve for each metric; said, and none, where it cannot be drawn."""
     names = [n for n in dict.fromkeys(n for row in rows for n in row) if n not in PLAIN]
     if not names:
         return
@@ -55,5 +55,9 @@ def curves(rows: list[dict[str, Any]], path: Path) -> None:
         points = [(row["step"], row[name]) for row in rows if name in row]
         axes.plot(*zip(*points, strict=True), linewidth=0.8)
     partial = path.with_name(".curves.png")
-    figure.savefig(partial, dpi=100, format="png")
-    partial.replace(path)
+    try:
+        figure.savefig(partial, dpi=100, format="png")
+        partial.replace(path)
+    except OSError as error:  # a full disk: no picture is worth a run
+        log.warning("%s is not drawn: %s", path, error.strerror)
+        partial.unlink(missing_ok=True)

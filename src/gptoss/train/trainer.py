@@ -200,7 +200,8 @@ class Trainer(Generic[B]):
         except CheckpointError as error:
             kept = self.folder.latest()
             last = f"from step {int(kept.name)}" if kept else "from its beginning"
-            raise CheckpointError(f"{error} The run goes on {last} once there is room.") from None
+            said = str(error).rstrip(".")
+            raise CheckpointError(f"{said}. The run goes on {last} once there is room.") from None
         self.folder.prune(self.config.keep, self.config.milestone)
         if time.monotonic() - self._drawn > PICTURE:
             self._draw()
