@@ -99,7 +99,8 @@ def test_our_own_backends_have_none(probe, ours, seen, name, how):
     except BackendUnavailable as missing:
         pytest.skip(str(missing))
     found = judge(said(backend, seen), ours)
-    assert found.healthy and not found.suspects, str(found)
+    rounded = name == "mlx" and "precision" in how  # farther from the weights than bugs are
+    assert not found.suspects and found.healthy != rounded, str(found)
 
 
 def test_two_bugs_at_once_are_two_bugs(probe, asked, monkeypatch):

@@ -17,7 +17,8 @@ TOKENS = np.random.default_rng(0).integers(0, TINY.vocab_size, 40).tolist()
 
 
 def recorded(weights, tokens=TOKENS, points=(), room="reference"):
-    how = {"dtype": "float32"} if room == "torch" else {}
+    how = {"dtype": "float32"} if room in ("torch", "mlx") else {}
+    how |= {"device": "cpu"} if room == "mlx" else {}
     backend = load_backend(room, TINY, weights.__getitem__, **how)
     recorder = Recorder(backend, weights.__getitem__, points)
     replay(recorder, tokens)
@@ -45,8 +46,10 @@ def test_what_is_kept_is_what_was(right, weights):
     assert a["sink"].shape == (T, L, H)
 
 
-@pytest.mark.parametrize("room", ["native", "torch"])
+@pytest.mark.parametrize("room", ["native", "torch", "mlx"])
 def test_rooms_trace_alike(right, weights, room):
+    if room != "native":
+        pytest.importorskip({"mlx": "mlx.core"}.get(room, room))
     found = diff(right, recorded(weights, room=room), 1e-3)
     assert found.token is None and found.tokens is None
 

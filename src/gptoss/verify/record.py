@@ -150,7 +150,7 @@ class Recorder:
         def keep(name: str, x: Any) -> None:
             digest(name, x)
             if trace is not None:
-                trace(name, x if name not in ("norm", "logits") else x[batch.wanted])
+                trace(name, x if name not in ("norm", "logits") else picked(x, batch.wanted))
 
         every = replace(batch, wanted=np.arange(len(batch.tokens), dtype=np.int32))
         logits = self.backend.forward(every, cache, keep)
@@ -160,7 +160,7 @@ class Recorder:
             if row is not None:
                 part = {name: x[there] for name, x in new.items()}
                 row.add(int(past), part, seen[there])
-        return logits[batch.wanted]
+        return picked(logits, batch.wanted)
 
     def trace(self, **about: Any) -> TraceFile:
         """What was kept of the row that is alone; ``about`` goes into the header.
@@ -200,6 +200,11 @@ def replay(recorder: Recorder, tokens: Sequence[int]) -> None:
         some = list(tokens[past : past + STEP])
         cache.reserve(slot, past + len(some))
         recorder.forward(Batch.of([some], [past], [slot]), cache)
+
+
+def picked(x: Any, rows: NDArray) -> Any:
+    """Some rows of any backend's array; MLX takes lists, and no empty ones."""
+    return x[rows.tolist()] if len(rows) else x[:0]
 
 
 def likeliest(logits: NDArray) -> tuple[NDArray, NDArray, NDArray]:
