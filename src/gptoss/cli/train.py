@@ -248,7 +248,7 @@ def export(
     run: Annotated[Path, Argument(help="the run's directory")],
     target: Annotated[Path, Argument(help="the directory to make")],
     to: Annotated[
-        Literal["original", "huggingface", "huggingface-bf16"], Option(help="layout")
+        Literal["original", "huggingface", "huggingface-bf16", "mlx"], Option(help="layout")
     ] = "huggingface",
     rule: Annotated[
         Literal["floor", "ceil", "least_squares"] | None,
