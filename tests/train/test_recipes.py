@@ -118,13 +118,18 @@ def test_exported_it_is_the_model_that_was_trained(run, data, tmp_path, layout):
     assert f"loss {report.loss:.4f} as trained" in str(report)
 
 
-def test_exported_it_loads_in_transformers_and_in_the_native_backend(whole, tmp_path):
+@pytest.mark.parametrize("layout", ["huggingface", "huggingface-bf16"])
+def test_exported_it_loads_in_transformers_and_in_the_native_backend(whole, tmp_path, layout):
     transformers = pytest.importorskip("transformers")
-    export(whole, tmp_path / "out", "huggingface-bf16")
+    export(whole, tmp_path / "out", layout)
     tokens = list(range(40))
+    unpack = {"quantization_config": transformers.Mxfp4Config(dequantize=True)}
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", dtype=torch.float32, attn_implementation="eager"
-    )
+        tmp_path / "out",
+        dtype=torch.float32,
+        attn_implementation="eager",
+        **(unpack if layout == "huggingface" else {}),
+    ).float()
     wanted = theirs(torch.tensor([tokens])).logits[0].detach().numpy()
     checkpoint = open_checkpoint(tmp_path / "out")
     trained = Transformer.from_checkpoint(tmp_path / "out", dtype="float32")
