@@ -2,10 +2,14 @@
 
 import pytest
 
+from gptoss.backends import load_backend
 from gptoss.llm.models import NANO
 from gptoss.model.weights import specs
 from gptoss.text.tokenizer import Tokenizer
-from gptoss.verify.probes import PROBE, probe_weights
+from gptoss.verify.patients import local
+from gptoss.verify.probes import PROBE, probe_weights, prompts
+
+LENGTHS = (1, 3, 5, 13, 130, 150, 200, 300)  # a part of the kit's, for time
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +23,16 @@ def probe():
 def tokenizer():
     """The vocabulary of nano."""
     return Tokenizer.from_file(NANO / "tokenizer.json")
+
+
+@pytest.fixture(scope="session")
+def asked(tokenizer):
+    """Texts of the kit, in tokens."""
+    return [tokenizer.encode(text) for text in prompts(tokenizer, LENGTHS)]
+
+
+@pytest.fixture(scope="session")
+def seen(probe, asked):
+    """What the reference makes of them."""
+    patient = local(load_backend("reference", PROBE, probe.__getitem__))
+    return [patient(prompt) for prompt in asked]

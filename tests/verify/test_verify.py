@@ -77,7 +77,8 @@ def test_a_right_backend_is_right_everywhere(name, how):
     assert [f.mode for f in found][-1] == "stepwise"
 
 
-@pytest.mark.parametrize("name, how", [ALL[1], pytest.param(*ALL[4], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name, how", [ALL[1], ALL[4]])
 def test_past_the_window_and_past_4096_tokens(name, how):
     weights = random_weights(LONG)
     found = findings(Candidate(LONG, weights.__getitem__, name, how), [130, 4200])
