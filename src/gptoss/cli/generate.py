@@ -81,9 +81,9 @@ def kept(llm: LLM, prompt: list[int], path: Path | None, *, quiet: bool) -> Iter
     yield
     read = llm.tokens.engine.stats.reused - before
     written = llm.tokens.keep(prompt, path)
-    if not quiet:
-        said = f"{read} of {len(prompt)} tokens were there, {written} are now"
-        print(f"{path}: {said}", file=sys.stderr)
+    now = f"{written} are now" if written else "as before: no room for a copy, see --context"
+    if not (quiet and written):
+        print(f"{path}: {read} of {len(prompt)} tokens were there, {now}", file=sys.stderr)
 
 
 def read_prompt(given: str | None) -> str:

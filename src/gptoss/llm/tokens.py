@@ -73,7 +73,7 @@ class TokenGenerator:
                 room beyond the context.
             GptOssError: the files, the vocabulary, the hardware or the memory will not do.
         """
-        self.opened = opened = open_checkpoint(resolve(checkpoint))
+        opened = open_checkpoint(resolve(checkpoint))
         self.config = opened.config
         self.tokenizer = load_tokenizer(opened)
         self.plan = make_plan(
@@ -234,7 +234,7 @@ class TokenGenerator:
         """All that keys and values depend on."""
         plan = self.plan
         return {
-            "model": self.opened.fingerprint(),
+            "model": open_checkpoint(plan.path).fingerprint(),
             "backend": plan.backend,
             "dtype": plan.dtype,
             "precision": plan.precision,

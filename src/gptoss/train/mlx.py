@@ -1,6 +1,6 @@
 """Adapters trained by MLX: the same data, files and export as torch's, on a Mac's GPU.
 
-    sft("openai/gpt-oss-20b", ["chats.jsonl"], "runs/lora", tuning=Tuning(lora=8), device="gpu")
+    sft("openai/gpt-oss-20b", ["chats.jsonl"], "runs/mac", config=TrainConfig(device="gpu"))
 
 A run's checkpoints hold the adapters by the names and shapes that ``lora.py`` gives them.
 """
@@ -52,6 +52,7 @@ def sft(
     opened = checkpoint_of(asked)
     how = {"dtype": tuning.dtype, "device": config.device}
     learner = Adapters(MlxBackend(opened.config, opened.read, **how), config, tuning)
+    opened.release()
     trainer: Trainer[Batch] = Trainer(
         learner, config, path, asked=asked | asdict(reading), watch=watch
     )
