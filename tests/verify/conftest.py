@@ -10,6 +10,18 @@ from gptoss.verify.patients import local
 from gptoss.verify.probes import PROBE, probe_weights, prompts
 
 LENGTHS = (1, 3, 5, 13, 130, 150, 200, 300)  # a part of the kit's, for time
+REST = [  # what we ship beside the usual
+    ("reference", {"dtype": "float64"}),
+    ("native", {"precision": "exact", "kv": "bfloat16"}),
+    ("native", {"precision": "exact", "kv": "int8"}),
+    ("native", {"precision": "fast", "kv": "float32"}),
+    ("torch", {"dtype": "float64"}),
+    ("mlx", {"dtype": "float32", "device": "cpu"}),
+    ("mlx", {"dtype": "bfloat16", "device": "cpu"}),
+    ("mlx", {"dtype": "float32", "device": "cpu", "precision": "fast"}),
+    ("mlx", {"dtype": "float32", "device": "cpu", "precision": "small"}),
+    ("mlx", {"dtype": "bfloat16", "device": "cpu", "kv": "int8"}),
+]
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from gptoss.verify.diagnosis import RIGHT, diagnose, judge
 from gptoss.verify.mutants import BUGS, planted
 from gptoss.verify.patients import answers, local, said
 from gptoss.verify.probes import PROBE
-from tests.verify.test_verify import REST
+from tests.verify.conftest import REST
 
 EQUAL = {"positions counted from one"}  # attention sees differences of positions only
 TWINS = [  # the same function, got wrong in two places

@@ -15,6 +15,7 @@ from gptoss.verify.mutants import planted
 from gptoss.verify.precision import precision_of, scaled
 from gptoss.verify.verify import LAST, texts, verify
 from tests.conftest import TINY
+from tests.verify.conftest import REST
 
 WIDE = ModelConfig(  # wide enough for 8 bits
     num_hidden_layers=2,
@@ -49,20 +50,6 @@ def findings(candidate, lengths, **how):
 
 def wrong(found, mode="isolated"):
     return [f.point for f in found if not f.ok and f.mode == mode]
-
-
-REST = [  # what else we ship
-    ("reference", {"dtype": "float64"}),
-    ("native", {"precision": "exact", "kv": "bfloat16"}),
-    ("native", {"precision": "exact", "kv": "int8"}),
-    ("native", {"precision": "fast", "kv": "float32"}),
-    ("torch", {"dtype": "float64"}),
-    ("mlx", {"dtype": "float32", "device": "cpu"}),
-    ("mlx", {"dtype": "bfloat16", "device": "cpu"}),
-    ("mlx", {"dtype": "float32", "device": "cpu", "precision": "fast"}),
-    ("mlx", {"dtype": "float32", "device": "cpu", "precision": "small"}),
-    ("mlx", {"dtype": "bfloat16", "device": "cpu", "kv": "int8"}),
-]
 
 
 @pytest.mark.parametrize(
