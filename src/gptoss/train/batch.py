@@ -37,41 +37,28 @@ class Batch:
     origin: str
     parts: int = 1  # that are computed apart, of which this is one
 
-    def part(self, index: int, count: int) -> "Batch":
-        """Of ``count`` parts with about as many tokens, the documents of one.
-
-        Where there are too few documents, a part is one token that counts for nothing.
-        """
+    def span(self, index: int, count: int) -> tuple[int, int]:
+        """The tokens of one of ``count`` parts: whole documents, and about as many in each."""
         ends = list(accumulate(self.lengths))
         middles = [2 * end - n for end, n in zip(ends, self.lengths, strict=True)]
         mine = [i for i, at in enumerate(middles) if at * count // (2 * ends[-1]) == index]
-        if not mine:
-            return self._hollow(count)
-        start, stop = ends[mine[0]] - self.lengths[mine[0]], ends[mine[-1]]
+        return (ends[mine[0]] - self.lengths[mine[0]], ends[mine[-1]]) if mine else (0, 0)
+
+    def part(self, index: int, count: int) -> "Batch":
+        """One of ``count`` parts. One without documents is a token that teaches nothing."""
+        start, stop = self.span(index, count)
         said = (self.wanted >= start) & (self.wanted < stop)
+        ends = list(accumulate(self.lengths))
+        lengths = [n for n, end in zip(self.lengths, ends, strict=True) if start < end <= stop]
         return replace(
             self,
-            tokens=self.tokens[start:stop],
-            lengths=[self.lengths[i] for i in mine],
+            tokens=self.tokens[start : max(stop, 1)],
+            lengths=lengths or [1],
             wanted=self.wanted[said] - start,
             targets=self.targets[said],
             weights=self.weights[said],
             share=self.share * (stop - start) / len(self.tokens),
             parts=count,
-        )
-
-    def _hollow(self, parts: int) -> "Batch":
-        first = self.tokens[:1]
-        nothing = self.weights.new_zeros(1)
-        return replace(
-            self,
-            tokens=first,
-            lengths=[1],
-            wanted=torch.zeros_like(first),
-            targets=first,
-            weights=nothing,
-            share=0.0,
-            parts=parts,
         )
 
     def to(self, device: torch.device) -> "Batch":

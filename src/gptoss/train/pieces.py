@@ -6,7 +6,8 @@ one process gets it whole.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from gptoss.errors import CheckpointError
 from gptoss.train.divide import grouped
 
 NOTE = "in pieces"
+UNREADABLE = "cannot be read ({}); remove it, and the run goes on from the one before"
 Heads = tuple[int, int, int] | None  # rows are in the order of ``divide.grouped``, of these
 
 
@@ -57,7 +59,7 @@ def write(state: Any, path: Path) -> Any:
         return NOTE, key, x.heads
 
     noted = _changed(state, note)
-    with _one_sentence(path, "could not be written"):
+    with _one_sentence(path, "could not be written: {}. Nothing was left behind."):
         save(found, storage_writer=FileSystemWriter(path))
     return noted
 
@@ -70,7 +72,7 @@ def kept(state: Any, path: Path) -> Any:
 def whole(state: Any, path: Path) -> Any:
     """``state`` with the tensor for each note, as one process has it."""
     found: dict[str, Tensor] = {}
-    with _one_sentence(path, "cannot be read"):
+    with _one_sentence(path, UNREADABLE):
         known: Any = FileSystemReader(path).read_metadata().state_dict_metadata
         for key, its in known.items():
             found[key] = torch.empty(its.size, dtype=its.properties.dtype)
@@ -92,28 +94,23 @@ def read(wanted: Mapping[Kept, DTensor]) -> None:
 
 
 def _load(found: dict[str, Any], path: Path, *, alone: bool = False) -> None:
-    with _one_sentence(path, "cannot be read"), warnings.catch_warnings():
+    with _one_sentence(path, UNREADABLE), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that nobody else reads
         reader = FileSystemReader(path)
         load(found, storage_reader=reader, no_dist=alone)
 
 
-class _one_sentence:
+@contextmanager
+def _one_sentence(path: Path, said: str) -> Iterator[None]:
     """A CheckpointError for whatever ``torch.distributed.checkpoint`` raises."""
-
-    def __init__(self, path: Path, said: str) -> None:
-        self.path, self.said = path, said
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, CheckpointException):
-            error = next(iter(error.failures.values()))[0]
-        elif not isinstance(error, OSError | RuntimeError | ValueError | KeyError | EOFError):
-            return
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0] or repr(error)
-        raise CheckpointError(f"{self.path}: {self.said}: {reason}.") from None
+    try:
+        yield
+    except (CheckpointException, OSError, RuntimeError, ValueError, KeyError, EOFError) as found:
+        error: Any = found
+        if isinstance(found, CheckpointException):
+            error = next(iter(found.failures.values()))[0]  # of one process
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [repr(error)])[0]
+        raise CheckpointError(f"{path}: {said.format(reason)}") from None
 
 
 def _changed(x: Any, change: Callable[[Any, str], Any], key: str = "") -> Any:

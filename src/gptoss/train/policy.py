@@ -1,7 +1,7 @@
 """A model that answers, as the trainer sees it, and what both recipes make of its ratios."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,18 @@ class Minibatch:
     def origin(self) -> str:
         """For messages."""
         return self.batch.origin if self.batch else "no prompt"
+
+    def part(self, index: int, count: int) -> "Minibatch":
+        """See ``Batch.part``."""
+        metrics = self.metrics if index == 0 else {}
+        if self.batch is None:
+            return replace(self, metrics=metrics)
+        start, stop = self.batch.span(index, count)
+        said = (self.batch.wanted >= start) & (self.batch.wanted < stop)
+        known = {name: x[said] for name, x in self.known.items()}
+        chosen = None if self.chosen is None else self.chosen[start : max(stop, 1)]
+        batch = self.batch.part(index, count)
+        return replace(self, batch=batch, known=known, metrics=metrics, chosen=chosen)
 
     def packed(self) -> dict[str, Any]:
         """As a checkpoint holds it."""
@@ -80,19 +92,18 @@ class Policy:
         ``routing`` is told what routers do; ``chosen``, int [T, L, k], is what they are to do (and
         to tell). ``model``: another's opinion. ``states`` gets the last norm's output, [W, D].
         """
-        model, layer = model or self.model, layer_of(self.config)
+        used, layer = model or self.model, layer_of(self.config)
         if chosen is not None:
             assert routing is not None
             layer = replaying(layer, chosen.to(self.device))
-        table = model.unembedding.weight[: self.words]
 
         def head(x: Tensor) -> Tensor:
             if states is not None:
                 states.append(x)
-            return self.logprobs(x, table, batch.targets)
+            return self.logprobs(x, used.unembedding.weight[: self.words], batch.targets)
 
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast):
-            found: Tensor = model(
+            found: Tensor = used(
                 batch.tokens,
                 lengths=batch.lengths,
                 wanted=batch.wanted,

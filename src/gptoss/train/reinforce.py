@@ -20,6 +20,7 @@ from gptoss.train.loss import logprobs
 from gptoss.train.objective import Rollouts
 from gptoss.train.observe import Observe, observed
 from gptoss.train.policy import Minibatch, Policy
+from gptoss.train.ranks import ALONE, Ranks, join
 from gptoss.train.recipes import Announce, build, numbers_of, planned, tokenizer_of
 from gptoss.train.reward import Reward, Rewards
 from gptoss.train.rollout import Sampler, prompt
@@ -48,13 +49,22 @@ def reinforce(
     ``corpus``: see ``prompts_of``. ``asked``: what else a run must agree on to go on.
     """
     check(config)
-    judges = Rewards(rewards)
-    rounds = rounds_of(module, tokenizer, corpus, judges, recipe, config, rollouts)
+    ranks, judges = join(config), Rewards(rewards)
+    if not ranks.alone and (rollouts.batch_invariant or observe is not None):
+        raise ValueError("trace, batch_invariant: for one process alone, not several")
+    rounds = rounds_of(module, tokenizer, corpus, judges, recipe, config, rollouts, ranks)
     whole = asdict(rollouts) | asdict(recipe.objective) | {"rewards": judges.told}
     trainer: Trainer[Minibatch] = Trainer(
-        module, config, path, asked=whole | (asked or {}), watch=watch
+        module, config, path, asked=whole | (asked or {}), watch=watch, ranks=ranks
     )
-    trainer.run(rounds.draw, observed(trainer, module, rounds.loss, observe))
+
+    def draw(position: Any) -> Any:
+        if not ranks.alone and not (position and position["pending"]):
+            learner: Any = trainer.learner
+            learner.collect(rounds.sampler.model)
+        return rounds.draw(position)
+
+    trainer.run(draw, observed(trainer, module, rounds.loss, observe))
     return trainer
 
 
@@ -66,8 +76,12 @@ def rounds_of(
     recipe: Recipe,
     config: TrainConfig,
     rollouts: Rollouts,
+    ranks: Ranks = ALONE,
 ) -> Rounds:
-    """Sampler and policy over a module's own tensors, and what goes on between them."""
+    """Sampler and policy over a module's own tensors, and what goes on between them.
+
+    Of several processes, which divide the module, each draws from a whole copy.
+    """
     backend, scorer = None, logprobs
     if rollouts.batch_invariant:
         if not has_native():
@@ -79,11 +93,13 @@ def rounds_of(
 
         backend, scorer = invariant.make_invariant(module, config), invariant.logprobs
     sampler = Sampler(
-        *(module, tokenizer, judges, rollouts), autocast=config.autocast, backend=backend
+        *(module if ranks.alone else deepcopy(module), tokenizer, judges, rollouts),
+        autocast=config.autocast,
+        backend=backend,
     )
     reference = deepcopy(module).requires_grad_(False) if recipe.objective.kl else None
     policy = Policy(module, sampler.words, config, logprobs=scorer)
-    return Rounds(recipe, policy, sampler, corpus, rollouts, reference)
+    return Rounds(recipe, policy, sampler, corpus, rollouts, reference, ranks)
 
 
 def from_checkpoint(
@@ -110,10 +126,12 @@ def from_checkpoint(
     tokenizer = tokenizer_of(asked)
     corpus = prompts_of(data, tokenizer, numbers_of(asked).context_length, config.seed)
     held = recipe.objective.kl > 0
-    plan = planned(asked, path, config, rollouts.tokens, rollouts=rollouts, reference=held)
+    plan = None
+    if join(config).alone:
+        plan = planned(asked, path, config, rollouts.tokens, rollouts=rollouts, reference=held)
     if not (Path(path) / "states").exists():
         lint(corpus, looked)
-    if announce is not None:
+    if announce is not None and plan is not None:
         announce(plan)
     torch.manual_seed(config.seed)
     module = build(asked, config.device)

@@ -106,8 +106,12 @@ class Sampler:
         self.words = sampled_size(tokenizer)  # ids from here on are never drawn
         self.stops = frozenset(tokenizer.specials[name] for name in STOP_NAMES)
 
-    def draw(self, prompts: Sequence[Prompt], seed: int, *, greedy: bool = False) -> list[Answer]:
+    def draw(
+        self, prompts: Sequence[Prompt], seed: int, *, first: int = 0, greedy: bool = False
+    ) -> list[Answer]:
         """``rollouts.group`` answers to each prompt, one prompt after another; greedy: one.
+
+        ``first``: how many prompts others draw answers to, with the same seed.
 
         Raises TrainingError for a reward that raises, and what the engine ends a request with.
         """
@@ -127,7 +131,7 @@ class Sampler:
                 Request(
                     prompt=prompt.tokens,
                     sampling=Sampling(temperature=0.0 if greedy else 1.0),
-                    seed=philox(seed, i),
+                    seed=philox(seed, first + i),
                     stop_tokens=self.stops,
                     max_tokens=most,
                     n=group,

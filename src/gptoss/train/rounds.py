@@ -28,6 +28,7 @@ from gptoss.train.batch import collate
 from gptoss.train.corpus import Corpus
 from gptoss.train.objective import Grpo, Ppo, Rollouts
 from gptoss.train.policy import Minibatch, Policy
+from gptoss.train.ranks import ALONE, Ranks
 from gptoss.train.replay import rerouted
 from gptoss.train.rollout import Answer, Prompt, Sampler
 from gptoss.train.routing import Routing
@@ -71,6 +72,7 @@ class Rounds:
         corpus: its lines are ``Prompt``s.
         rollouts: how answers are drawn.
         reference: the model that ``reference`` log-probabilities come from, if they are needed.
+        ranks: the processes that draw and score together, each its share, from the sampler's model.
     """
 
     def __init__(
@@ -81,8 +83,10 @@ class Rounds:
         corpus: Corpus,
         rollouts: Rollouts,
         reference: Transformer | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.recipe, self.policy, self.sampler, self.corpus = recipe, policy, sampler, corpus
+        self.ranks = ranks
         self.rollouts, self.reference, self.compared = rollouts, reference, False
 
     def draw(self, position: dict[str, Any] | None) -> tuple[Step, dict[str, Any]]:
@@ -101,14 +105,15 @@ class Rounds:
         """Every token counts the same, whoever's answer it is part of."""
         if minibatch.batch is None:
             return torch.zeros((), requires_grad=True), minibatch.metrics
-        routing, config = Routing(), self.policy.config
+        config, share = self.policy.config, minibatch.batch.share
+        routing = Routing(minibatch.batch.parts, hollow=not share)
         batch = minibatch.batch.to(self.policy.device)
         known = {name: x.to(self.policy.device) for name, x in minibatch.known.items()}
         now = self.policy.score(batch, routing, minibatch.chosen)
         losses, said = self.recipe.losses(now, known)
         loss = (losses * batch.weights).sum()
         metrics = {name: float((x.detach() * batch.weights).sum()) for name, x in said.items()}
-        metrics["tokens"] = float(len(batch.tokens))
+        metrics["tokens"] = float(len(batch.tokens)) if share else 0.0
         if config.balance:
             loss = loss + config.balance * batch.share * routing.uneven()
         return loss, metrics | minibatch.metrics
@@ -135,7 +140,7 @@ class Rounds:
             missing = want - len(found) // group
             prompts = [self._prompt(place + i) for i in range(missing)]
             place += missing
-            answers = self.sampler.draw(prompts, philox(seed, attempt))
+            answers = self._drawn(prompts, philox(seed, attempt))
             drawn += answers
             for first in range(0, len(answers), group):
                 if self.recipe.useful(answers[first : first + group]):
@@ -143,6 +148,14 @@ class Rounds:
             if len(found) == want * group:
                 break
         return found, place, statistics(drawn) | {"signal": len(found) / len(drawn)}
+
+    def _drawn(self, prompts: list[Prompt], seed: int) -> list[Answer]:
+        """Answers to all of them; this process draws those to some."""
+        rank, size = self.ranks.rank, self.ranks.size
+        start, stop = len(prompts) * rank // size, len(prompts) * (rank + 1) // size
+        some = prompts[start:stop]
+        answers = self.sampler.draw(some, seed, first=start) if some else []
+        return [answer for each in self.ranks.gather(answers) for answer in each]
 
     def _prompt(self, place: int) -> Prompt:
         [prompt] = self.corpus.at(place)
@@ -179,7 +192,11 @@ class Rounds:
                     torch.cat(chosen) if chosen else None,
                 )
             )
-            self._score(step[-1])
+        for minibatch in step[self.ranks.rank :: self.ranks.size]:
+            self._score(minibatch)
+        scored = self.ranks.gather([minibatch.known for minibatch in step])
+        for i, minibatch in enumerate(step):
+            minibatch.known.update(scored[i % self.ranks.size][i])
         return step
 
     @torch.no_grad()
@@ -188,7 +205,8 @@ class Rounds:
         batch, known = minibatch.batch.to(self.policy.device), minibatch.known
         routing = None if minibatch.chosen is None else Routing()
         states: list[Tensor] | None = [] if self.recipe.values else None
-        old = self.policy.score(batch, routing, minibatch.chosen, states=states)
+        whole = None if self.ranks.alone else self.sampler.model
+        old = self.policy.score(batch, routing, minibatch.chosen, model=whole, states=states)
         known["old"] = old.cpu()
         if routing is not None:
             known["rerouted"] = rerouted(routing)[batch.wanted].cpu()

@@ -103,6 +103,14 @@ class Sharded(Torch):
         for optimizer, its in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(its)
 
+    @torch.no_grad()
+    def collect(self, model: nn.Module) -> None:
+        """Give a whole model, as this one was before it was divided, the parameters of now."""
+        for name, p in model.named_parameters():
+            if name in self.parts:
+                whole, heads = self._collect(name, self.parts[name].data), self._heads(name)
+                p.copy_(grouped(whole, heads, back=True) if heads else whole)
+
     def _gradients(self) -> Iterator[tuple[str, Tensor]]:
         """This process's part of each."""
         return ((n, p.grad.to_local()) for n, p in self.held.items() if p.grad is not None)
