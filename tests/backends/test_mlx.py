@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -11,7 +12,7 @@ pytest.importorskip("mlx.core")
 import mlx.core as mx
 
 from gptoss.backends import load_backend
-from gptoss.backends.mlx import MlxBackend, cache, ops
+from gptoss.backends.mlx import MlxBackend, backend, cache, ops
 from gptoss.backends.protocol import Batch
 from gptoss.errors import BackendUnavailable
 from gptoss.model.mxfp4 import Packed, decode, encode
@@ -128,6 +129,19 @@ def test_rounded_matrices_are_the_numbers_they_stand_for(monkeypatch):
         error = np.abs(ours - w).reshape(130, 3, 32).max(axis=-1)
         assert np.array(rounded.product(mx.zeros((0, 96)))).shape == (0, 130)
         assert (error <= step).all()  # MLX shifts the grid so that zero lies on it
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_a_file_is_cast_in_pieces_to_the_same_numbers(monkeypatch, dtype):
+    """Lying by columns or by rows, in one piece, several, or a row each."""
+    w = np.random.default_rng(0).standard_normal((70, 48)).astype(ml_dtypes.bfloat16)
+    for piece in (1 << 20, 1000, 1):
+        monkeypatch.setattr(backend, "PIECE", piece)
+        for across in (False, True):
+            x = backend.cast(w, dtype, across=across)
+            assert x.dtype == dtype and mx.array_equal(x, mx.array(w))
+        vector = backend.cast(w[0], dtype)
+        assert mx.array_equal(vector, mx.array(w[0]))
 
 
 # Cache
