@@ -100,7 +100,9 @@ def test_keys_take_no_more_than_they_may(weights, writer, monkeypatch):
     assert diff(trace, alone(weights, trace.tokens)).same
 
 
-def test_a_file_takes_no_more_than_it_may(weights, writer, caplog):
+@pytest.mark.parametrize("part", [256, 4])
+def test_a_file_takes_no_more_than_it_may(weights, writer, monkeypatch, caplog, part):
+    monkeypatch.setattr(room, "PART", part)
     plain, engine = answered(engine_of(weights)), engine_of(weights)
     requests = Requests(engine, weights.__getitem__, writer, most=1)
     requests.attach()

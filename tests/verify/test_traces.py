@@ -83,6 +83,17 @@ def test_another_kind_of_file_is_left_alone(tmp_path):
     assert is_traces(tmp_path / "empty") and Traces(tmp_path / "empty").names == []
 
 
+def test_one_process_writes_at_a_time(path):
+    pytest.importorskip("fcntl")  # not on Windows
+    before = path.read_bytes()
+    first = Writer(path)
+    with pytest.raises(GptOssError, match="another process is writing"):
+        Writer(path)
+    first.close()
+    Writer(path).close()
+    assert path.read_bytes() == before
+
+
 def test_a_missing_part_is_said(tmp_path):
     writer = Writer(tmp_path / "gap")
     writer.add(piece(1), key="x", id="x", past=4)

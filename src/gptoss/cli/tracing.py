@@ -76,7 +76,8 @@ class Recording:
         check(self.trace, self.point)
         if self.trace_size is not None and self.trace is None:
             raise WrongCommandLine("--trace-size is for --trace")
-        bytes_of(self.trace_size)
+        if self.trace_size is not None:
+            bytes_of(self.trace_size)
 
     def writer(self) -> Writer | None:
         """What writes the file. Raises GptOssError: there is a file of another kind."""
@@ -99,7 +100,7 @@ class Recording:
             open_checkpoint(resolve(model)).read,
             writer,
             self.point or (),
-            most=bytes_of(self.trace_size) or MOST,
+            most=MOST if self.trace_size is None else bytes_of(self.trace_size),
             model=model,
             backend=llm.plan.backend,
         )
@@ -125,7 +126,8 @@ class Stepping:
         check(self.trace, self.point)
         if self.trace is None and (self.trace_every or self.trace_size):
             raise WrongCommandLine("--trace-every and --trace-size are for --trace")
-        bytes_of(self.trace_size)
+        if self.trace_size is not None:
+            bytes_of(self.trace_size)
 
     @contextmanager
     def observer(self, model: str) -> Iterator[Steps | None]:
@@ -138,14 +140,14 @@ class Stepping:
         from gptoss.verify.traces import Writer
 
         with closing(Writer(self.trace)) as writer:
-            most = bytes_of(self.trace_size) or MOST
+            most = MOST if self.trace_size is None else bytes_of(self.trace_size)
             yield Steps(writer, self.trace_every or 1, self.point or (), most=most, model=model)
 
 
-def bytes_of(said: str | None) -> int | None:
+def bytes_of(said: str) -> int:
     """What --trace-size says."""
     try:
-        return size(said)
+        return size(said) or 0
     except WrongCommandLine:
         raise WrongCommandLine(f"--trace-size: {said!r} is not a size such as 12GB") from None
 

@@ -38,15 +38,17 @@ class Digest:
         """
         self.points, self.attend = set(points), attend
         self.names: list[str] = []
+        self._seen = set[str]()
         self._kept: dict[str, list[NDArray]] = {"sketch": []}
         self._whole: dict[str, NDArray] = {}
         self._q: NDArray = None
 
     def __call__(self, name: str, x: Any) -> None:
         """See ``model.Trace``. A layer that is computed again says everything twice."""
-        if name in self.names:
+        if name in self._seen:
             return
         x = host(x)
+        self._seen.add(name)
         self.names.append(name)
         self._kept["sketch"].append(sketch(x))
         here = name.split(".", 2)[-1]
@@ -75,9 +77,8 @@ class Row:
         self.keys: Keys | None = Keys(config, sinks)
         self.parts: list[Part] = []  # that were not taken yet
         self.waiting = 0  # tokens in them
-        self.expected: tuple[NDArray, float] | None = (
-            None  # logits behind the last token, their sum
-        )
+        # Logits behind the last token, and the log of the sum of their exponentials.
+        self.expected: tuple[NDArray, float] | None = None
 
     def add(self, start: int, new: dict[str, NDArray], logits: NDArray) -> None:
         """Tokens from ``start`` on, and the logits [t, V] behind each."""

@@ -77,11 +77,11 @@ class Requests:
 
     def _whose(self, batch: Batch) -> Sequence[Row | None]:
         """Before a step: the trace of each row, which may begin here."""
-        if self.over:
-            return [None] * len(batch.slots)
-        for live in self.live.values():
+        for live in [*self.live.values()]:
             if live.row.waiting >= PART:
                 self._write(live)
+        if self.over:
+            return [None] * len(batch.slots)
         rows = {row.slot: row for row in self.engine.scheduler.running if row.slot is not None}
         pairs = zip(batch.slots.tolist(), batch.past.tolist(), strict=True)
         found = [self._live(rows[slot], past).row if slot in rows else None for slot, past in pairs]

@@ -24,6 +24,11 @@ from typing import IO, Any
 from gptoss.errors import GptOssError
 from gptoss.verify.trace import Part, TraceFile, joined
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 MAGIC = b"gptoss-traces-1\n"
 SIZES = struct.Struct("<IQ")
 SHOWN = 8  # ids that an error lists
@@ -44,18 +49,23 @@ class Writer:
     A new file is its owner's alone: it holds what people said.
 
     Raises:
-        GptOssError: the file is there and is another kind.
+        GptOssError: the file is another kind, or another process writes there.
         OSError: it cannot be written.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        end = _end(self.path) if self.path.exists() and self.path.stat().st_size else None
         self._file = open(self.path, "ab", opener=_private)  # noqa: SIM115 (see ``close``)
-        if end is None:
-            self._put(MAGIC)
-        else:
-            self._file.truncate(end)
+        try:
+            if not _locked(self._file.fileno()):
+                raise GptOssError(f"{path}: another process is writing there")
+            if self.path.stat().st_size:
+                self._file.truncate(_end(self.path))
+            else:
+                self._put(MAGIC)
+        except BaseException:
+            self._file.close()
+            raise
         self.size = self._file.seek(0, os.SEEK_END)
 
     def add(
@@ -175,6 +185,17 @@ def open_trace(where: str) -> TraceFile:
             f"{path}: holds {len(traces.names)} traces; say {path}#ID, of {traces.listed()}"
         )
     return traces.load(name)
+
+
+def _locked(descriptor: int) -> bool:
+    """Whether this process alone writes there, until it closes the file or ends."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _private(path: str, flags: int) -> int:
