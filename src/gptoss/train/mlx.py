@@ -17,7 +17,7 @@ from mlx.optimizers import AdamW
 from torch import Tensor
 
 from gptoss.backends.mlx.backend import MlxBackend, readable
-from gptoss.backends.mlx.lora import adapted, adapters, logprobs
+from gptoss.backends.mlx.lora import adapted, adapters, logprobs, recomputed
 from gptoss.train.batch import Batch
 from gptoss.train.config import Reading, TrainConfig, Tuning
 from gptoss.train.recipes import Looked, Watch, checkpoint_of, gathered
@@ -26,7 +26,17 @@ from gptoss.train.trainer import Trainer
 
 OBEYED = {  # of TrainConfig; the others are torch's
     *("steps", "lr", "weight_decay", "beta1", "beta2", "warmup", "schedule", "decay", "floor"),
-    *("clip", "seed", "save_every", "keep", "milestone", "device", "tensorboard", "force"),
+    *(
+        "clip",
+        "seed",
+        "save_every",
+        "keep",
+        "milestone",
+        "device",
+        "tensorboard",
+        "force",
+        "recompute",
+    ),
 }
 
 
@@ -166,6 +176,7 @@ def cross_entropy(learner: Adapters, batch: Batch) -> tuple[mx.array, dict[str, 
         backend.config,
         *(batch.tokens.numpy(), batch.lengths, batch.wanted.numpy(), batch.targets.numpy()),
         trace=see,
+        layer=recomputed if learner.config.recompute else None,
     )
     return -(scored * mx.array(batch.weights.numpy())).sum(), seen
 

@@ -7,7 +7,7 @@ https://arxiv.org/abs/2106.09685
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from gptoss.backends.mlx.cache import attend_past
 from gptoss.backends.mlx.ops import MlxOps, multiply, product, rotations, wide
 from gptoss.model import model
 from gptoss.model.config import ModelConfig
-from gptoss.model.weights import Weights, specs
+from gptoss.model.weights import Block, Weights, specs
 
 ADAPTED = {  # canonical tail -> what the trained module is called
     "attn.qkv.weight": "attn.qkv",
@@ -31,6 +31,8 @@ ADAPTED = {  # canonical tail -> what the trained module is called
 CHUNK = 1 << 24  # logits at a time
 OPS = MlxOps()
 Ints = npt.NDArray[np.int64]
+ROUTED = (".mlp.gate", ".mlp.chosen")  # trace points that a checkpointed layer still shows
+Pairs = list[tuple[mx.array, mx.array]]  # a, and b scaled, in the order of ``ADAPTED``
 Adapters = Mapping[str, mx.array]  # by name: .a [..., r, columns], .b [..., rows, r]
 
 
@@ -109,6 +111,7 @@ def logprobs(
     wanted: Ints,
     targets: Ints,
     trace: model.Trace = model.no_trace,
+    layer: Callable[..., mx.array] | None = None,
 ) -> mx.array:
     """float32 [W]: what ``gptoss.train.loss.score`` gives, differentiable by the adapters.
 
@@ -116,6 +119,7 @@ def logprobs(
         tokens: [T], rows of these ``lengths``, one after another.
         wanted: [W], the tokens after which something is scored.
         targets: [W], what.
+        layer: ``recomputed``, or None.
     """
     head = Surprise(weights.unembedding, mx.array(targets))
     positions = np.concatenate([np.arange(n) for n in lengths])
@@ -128,6 +132,7 @@ def logprobs(
         ops=OPS,
         config=config,
         trace=trace,
+        layer=layer,
     )
     return found
 
@@ -147,20 +152,41 @@ def adapters(config: ModelConfig, rank: int, seed: int) -> dict[str, mx.array]:
 
 def adapted(weights: Weights, given: Adapters, scale: float) -> Weights:
     """``weights`` with adapters, which count ``scale``."""
-
-    def on(base: Any, name: str) -> LowRank:
-        return LowRank(base, given[f"{name}.a"], scale * given[f"{name}.b"])
-
     blocks = []
     for i, block in enumerate(weights.block):
-        attn, mlp = f"block.{i}.attn", f"block.{i}.mlp.experts"
-        qkv, out = on(block.attn.qkv, f"{attn}.qkv"), on(block.attn.out, f"{attn}.out")
-        mlp1, mlp2 = (on(getattr(block.mlp, m), f"{mlp}.{m}_weight") for m in ("mlp1", "mlp2"))
-        blocks.append(
-            replace(
-                block,
-                attn=replace(block.attn, qkv=qkv, out=out),
-                mlp=replace(block.mlp, mlp1=mlp1, mlp2=mlp2),
-            )
-        )
+        names = [f"block.{i}.{name}" for name in ADAPTED.values()]
+        pairs = [(given[f"{name}.a"], scale * given[f"{name}.b"]) for name in names]
+        blocks.append(_dressed(block, bases(block), pairs))
     return replace(weights, block=blocks)
+
+
+def recomputed(w: Block, x: mx.array, *rest: Any) -> mx.array:
+    """``model.decode_block`` that keeps nothing inside and is computed again on the way back."""
+    positions, layer, kv, ops, config, trace, *wanted = rest
+    whole = bases(w)
+
+    def inside(x: mx.array, pairs: Pairs) -> tuple[mx.array, dict[str, mx.array]]:
+        seen: dict[str, mx.array] = {}
+        block = _dressed(w, [one.base for one in whole], pairs)
+        see = seen.__setitem__
+        out = model.decode_block(block, x, positions, layer, kv, ops, config, see, *wanted)
+        return out, {name: value for name, value in seen.items() if name.endswith(ROUTED)}
+
+    out, seen = mx.checkpoint(inside)(x, [(one.a, one.b) for one in whole])
+    for name, value in seen.items():
+        trace(name, value)
+    return out
+
+
+def bases(block: Block) -> list[Any]:
+    """What of a layer is adapted, in the order of ``ADAPTED``."""
+    return [block.attn.qkv, block.attn.out, block.mlp.mlp1, block.mlp.mlp2]
+
+
+def _dressed(block: Block, below: list[Any], pairs: Pairs) -> Block:
+    qkv, out, mlp1, mlp2 = (LowRank(w, a, b) for w, (a, b) in zip(below, pairs, strict=True))
+    return replace(
+        block,
+        attn=replace(block.attn, qkv=qkv, out=out),
+        mlp=replace(block.mlp, mlp1=mlp1, mlp2=mlp2),
+    )
