@@ -13,7 +13,8 @@
   + ToolUnavailable      a tool that was switched on cannot run here
 
 A wrong argument is a plain ``ValueError``. A broken promise between our own
-rooms is an ``assert``. Nothing else is raised on purpose.
+rooms is an ``assert``. A training run that a signal ends raises a ``KeyboardInterrupt``
+(``train/stop.py``). Nothing else is raised on purpose.
 """
 
 

@@ -110,6 +110,8 @@ class Offloaded(Torch):
                 norms.append(torch.linalg.vector_norm(gradient).to(self.device))
                 if p in self._known:
                     self.shelf.forget(gradient)
+        if not norms:
+            return 0.0
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         self.scale = torch.clamp(longest / (norm + 1e-6), max=1.0)
         return float(norm)

@@ -105,48 +105,54 @@ def make_plan(
         rollouts, reference: of recipes on rewards: how answers are drawn, and whether the model
             that training began with is kept.
     """
-    width, c = BYTES[tuning.dtype], numbers
-    outside = 2 * c.vocab_size * c.hidden_size + c.hidden_size
+    takes = _takes(numbers, config, tuning, packed)
+    activations = _activations(numbers, config, tuning, tokens) + takes["working"]
+    answers = float(_rollouts(numbers, rollouts, tuning.dtype)) if rollouts else 0.0
+    answers += takes["whole"] if reference else 0.0
+    kinds = ("parameters", "gradients", "optimizer")
+    needs = Needs(
+        **{kind: round(takes[kind]) for kind in kinds},
+        activations=round(activations),
+        rollouts=round(answers),
+    )
+    host = config.offload_dir is None and config.device.startswith("cuda")
+    shelf = Path(config.offload_dir or path)
+    return Plan(
+        name=name,
+        device=config.device,
+        needs=needs,
+        available=available_memory() if config.device == "cpu" else free_memory(config.device),
+        away=round(takes["away"]),
+        shelf="host memory" if host else str(shelf),
+        room=available_memory() if host else _free(shelf),
+        state=round(takes["state"]),
+        disk=_free(Path(path)),
+        savings=tuple(_savings(needs, config, tuning)),
+    )
+
+
+def _takes(c: ModelConfig, config: TrainConfig, tuning: Tuning, packed: bool) -> dict[str, float]:
+    """By kind: what is in memory, ``working`` for a moment; the ``whole`` model, what is put
+    ``away``, and a checkpoint's ``state``."""
+    width, outside = BYTES[tuning.dtype], 2 * c.vocab_size * c.hidden_size + c.hidden_size
     dense, experts = counts(c)
-    stored = width * (dense - outside) + experts * (PACKED if tuning.lora and packed else width)
+    layers = width * (dense - outside) + experts * (PACKED if tuning.lora and packed else width)
     inside, trained, wide = dense - outside + experts, dense + experts, width
     largest = max(math.prod(spec.shape) for spec in specs(c))
     if tuning.lora:
         inside, wide = sum(_adapters(c, tuning.lora)), BYTES["float32"]
-        trained, largest, stored = inside, max(_adapters(c, tuning.lora)), stored + wide * inside
-    moments = 2 * trained - (inside if config.muon is not None else 0)
-    layer = inside / c.num_hidden_layers
-    needs = {
-        "parameters": width * outside + stored,
-        "gradients": wide * trained,
-        "optimizer": wide * moments,
-        "activations": _activations(c, config, tuning, tokens) + wide * largest,
-        "rollouts": _rollouts(c, rollouts, tuning.dtype) if rollouts else 0,
-    }
-    if reference:
-        needs["rollouts"] += needs["parameters"]
-    state, away = wide * (trained + moments), 0.0
-    if config.offload:
-        away, needs["optimizer"] = away + needs["optimizer"], 2 * wide * largest
+        trained, largest, layers = inside, max(_adapters(c, tuning.lora)), layers + wide * inside
+    moments = wide * (2 * trained - (inside if config.muon is not None else 0))
+    found = {"parameters": width * outside + layers, "gradients": float(wide * trained)}
+    found |= {"optimizer": moments, "away": 0.0, "state": wide * trained + moments}
+    found |= {"whole": found["parameters"], "working": wide * largest}
+    if config.offload is not None:
+        found |= {"away": moments, "optimizer": 2 * wide * largest}
     if config.offload == "parameters":
-        away += needs["gradients"] + stored
-        needs["parameters"] += stored / c.num_hidden_layers - stored
-        needs["gradients"] = wide * max(layer, largest)
-    host = config.offload_dir is None and config.device.startswith("cuda")
-    shelf = Path(config.offload_dir or path)
-    estimated = Needs(**{key: round(value) for key, value in needs.items()})
-    return Plan(
-        name=name,
-        device=config.device,
-        needs=estimated,
-        available=available_memory() if config.device == "cpu" else free_memory(config.device),
-        away=round(away),
-        shelf="host memory" if host else str(shelf),
-        room=available_memory() if host else _free(shelf),
-        state=round(state),
-        disk=_free(Path(path)),
-        savings=tuple(_savings(estimated, config, tuning)),
-    )
+        found["away"] += found["gradients"] + layers
+        found["parameters"] += layers / c.num_hidden_layers - layers
+        found["gradients"] = wide * max(inside / c.num_hidden_layers, largest)
+    return found
 
 
 def _activations(c: ModelConfig, config: TrainConfig, tuning: Tuning, tokens: int) -> float:
