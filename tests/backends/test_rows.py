@@ -115,6 +115,10 @@ def test_a_damaged_file_is_refused(cache, row, tmp_path):
     write(tmp_path / "nobody", arrays | {"tokens": tokens})
     with pytest.raises(CheckpointError, match="not a row of keys and values"):
         load_row(cache, tmp_path / "nobody", MADE)
+    for nonsense in (b"{", b"[" * 100_000, b"3"):
+        write(tmp_path / "odd", {"made": np.frombuffer(nonsense, np.uint8), "tokens": tokens})
+        with pytest.raises(CheckpointError, match="odd: does not say what made it"):
+            load_row(cache, tmp_path / "odd", MADE)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(CheckpointError, match="incomplete or damaged"):
         load_row(cache, path, MADE)

@@ -85,7 +85,7 @@ def load_row(cache: Cache, path: Path | str, made: Made) -> tuple[int, list[int]
 def _agree(path: Path | str, said: bytes, made: Made) -> None:
     try:
         theirs = json.loads(said)
-    except ValueError:
+    except (ValueError, RecursionError):
         theirs = None
     if not isinstance(theirs, dict):
         raise CheckpointError(f"{path}: does not say what made it")
