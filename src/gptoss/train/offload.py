@@ -134,8 +134,10 @@ class Offloaded(Torch):
             optimizer.load_state_dict({**its, "state": {}})
             params = [p for group in optimizer.param_groups for p in group["params"]]
             for index, state in its["state"].items():
-                known = {name: self._back(x.to(self.device), None) for name, x in state.items()}
-                optimizer.state[params[index]] = known
+                optimizer.state[params[index]] = {
+                    name: self.shelf.put(x) if large(x) else x.to(self.device, copy=True)
+                    for name, x in state.items()
+                }
         self.shelf.forget()
 
     def _computed(self, w: Any, x: Tensor, positions: Tensor, index: int, *rest: Any) -> Tensor:
