@@ -13,6 +13,7 @@ import argparse
 import json
 import random
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def rewarded(way: str, path: Path, args: argparse.Namespace) -> None:
     grpo(
         *(reinforce.start(args.out, args.threads), [reinforce.prompts(args.out)], path, ["exact"]),
         config=reinforce.config(args.rounds, seed=0, threads=args.threads),
-        rollouts=reinforce.ROLLOUTS,
+        rollouts=replace(reinforce.ROLLOUTS, batch_invariant=not GRPO[way].qat),
         tuning=GRPO[way],
     )
 

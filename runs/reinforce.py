@@ -33,7 +33,7 @@ from gptoss.train.rollout import Sampler, prompt
 from runs.nano import tasks
 
 ROOT = Path(__file__).parents[1]
-ROLLOUTS = Rollouts(prompts=8, group=8, max_tokens=128)
+ROLLOUTS = Rollouts(prompts=8, group=8, max_tokens=128, batch_invariant=True)  # and twice as fast
 RECIPES = {"grpo": grpo, "ppo": ppo}
 
 
