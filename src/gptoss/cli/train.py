@@ -344,7 +344,7 @@ def training(config: TrainConfig, out: Path) -> Iterator[tuple[Looked | None, Wa
         from gptoss.train import ranks
 
         stopped = 128 + error.number if isinstance(error, Stopped) else 0
-        if not ranks.speaks():
+        if not ranks.speaks(first):
             raise SystemExit(stopped or 1) from None
         if not stopped:
             raise

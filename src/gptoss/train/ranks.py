@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from gptoss.backends.torch.backend import open_device
 from gptoss.errors import GptOssError
 from gptoss.train.config import TrainConfig
 
@@ -135,14 +136,16 @@ ALONE = Ranks()
 def join(config: TrainConfig) -> Ranks:
     """This process among those that ``torchrun`` started, if it did.
 
-    Raises ValueError: ``config`` does not fit so many processes.
+    Raises:
+        ValueError: ``config`` does not fit so many processes.
+        BackendUnavailable: this machine has no GPU for each.
     """
     if not (dist.is_initialized() or dist.is_torchelastic_launched()):
         return Ranks(tensor=config.tensor, expert=config.expert)
     device = torch.device(config.device).type
     if not dist.is_initialized():
         if device == "cuda":
-            torch.cuda.set_device(dist.get_node_local_rank())
+            torch.cuda.set_device(open_device(f"cuda:{dist.get_node_local_rank()}"))
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), config.tensor, config.expert, device)
     if config.offload and not ranks.alone:
@@ -150,10 +153,13 @@ def join(config: TrainConfig) -> Ranks:
     return ranks
 
 
-def speaks() -> bool:
-    """Whether this process says why the run ends: of several, the first that wants to."""
+def speaks(first: bool) -> bool:
+    """Whether this process says why the run ends: of several, who wants to before the others.
+
+    ``first``: whether this is the first one, which speaks where they have not met yet.
+    """
     if not dist.is_initialized():
-        return True
+        return first
     store: Any = dist.distributed_c10d._get_default_store()
     try:
         return bool(store.add("gptoss ends", 1) == 1)

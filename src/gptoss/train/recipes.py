@@ -123,7 +123,8 @@ def _supervised(
         announce(plan)
     torch.manual_seed(config.seed)
     shelf = shelf_of(config, path) if config.offload == "parameters" else None
-    module = build(asked, config.device, shelf)
+    whole = config.device if ranks.alone else "cpu"  # a device of several gets its part alone
+    module = build(asked, whole, shelf)
     learner = learner_of(module, config, path, shelf, ranks)
     trainer: Trainer[Any] = Trainer(
         learner, config, path, asked=asked | asdict(reading), watch=watch, ranks=ranks

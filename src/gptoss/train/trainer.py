@@ -84,7 +84,7 @@ class Trainer(Generic[B]):
         self.stop = Stop()
         self.step, self.position, self.tokens = 0, None, 0.0
         self._drawn = time.monotonic()
-        self.board = Board(self.folder.path, config.tensorboard)
+        self.board = Board(self.folder.path, config.tensorboard and ranks.first)
         torch.manual_seed(config.seed)
         if (state := self.folder.load(mapped=config.offload is not None)) is not None:
             self._restore(state)
