@@ -4,19 +4,23 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import json  # noqa: E402
 import resource  # noqa: E402
 from dataclasses import replace  # noqa: E402
 
 from gptoss.backends.torch.modules import Transformer  # noqa: E402
 from gptoss.errors import TrainingError  # noqa: E402
 from gptoss.train import shelf as shelves  # noqa: E402
-from gptoss.train.config import TrainConfig  # noqa: E402
+from gptoss.train.config import Reading, TrainConfig  # noqa: E402
 from gptoss.train.grpo import grpo  # noqa: E402
 from gptoss.train.loss import cross_entropy  # noqa: E402
 from gptoss.train.offload import Offloaded  # noqa: E402
+from gptoss.train.quantize import quantize  # noqa: E402
+from gptoss.train.recipes import sft  # noqa: E402
 from gptoss.train.shelf import Disk, Host  # noqa: E402
 from gptoss.train.trainer import Trainer  # noqa: E402
 from tests.conftest import TINY  # noqa: E402
+from tests.llm.toy import write_toy  # noqa: E402
 from tests.train.runs import CONFIG, draw, losses, train  # noqa: E402
 from tests.train.test_lora import adapted  # noqa: E402
 
@@ -41,9 +45,16 @@ def offloaded(path, shelf, make=whole, config=CONFIG, draw=draw):
     return run.folder.rows(), learner
 
 
+def rounded():
+    model = whole()
+    quantize(model, "ceil")
+    return model
+
+
 MADE = {
     "whole": (whole, replace(CONFIG, clip=0.05)),
     "adapted": (adapted, replace(CONFIG, muon=None)),
+    "rounded": (rounded, replace(CONFIG, steps=2, clip=0.05)),
 }
 
 
@@ -52,7 +63,7 @@ def plain(request, tmp_path_factory):
     """A model, how it is trained, and what comes of it in memory."""
     make, config = MADE[request.param]
     rows, model = train(tmp_path_factory.mktemp("plain"), config, model=make())
-    assert request.param == "adapted" or rows[0]["norm"] > config.clip  # gradients are shortened
+    assert make is adapted or rows[0]["norm"] > config.clip  # gradients are shortened
     return make, config, losses(rows), model.state_dict()
 
 
@@ -127,3 +138,19 @@ def test_who_draws_answers_needs_all_parameters(tmp_path):
     config = TrainConfig(offload="parameters")
     with pytest.raises(ValueError, match="so these cannot be put away; the optimiser's state can"):
         grpo("nano", ["none.jsonl"], tmp_path, ["exact"], config=config)
+
+
+def test_a_recipe_reads_layers_to_where_they_lie(tmp_path):
+    line = {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}
+    data = tmp_path / "sums.jsonl"
+    data.write_text(json.dumps({"messages": line}) + "\n")
+    toy, reading = write_toy(tmp_path / "models"), Reading(tokens=300)
+    found = []
+    for what in (None, "parameters"):
+        config = TrainConfig(steps=2, lr=1e-2, warmup=0, threads=1, offload=what)
+        run = sft(toy, [data], tmp_path / str(what), config=config, reading=reading)
+        found.append(losses(run.folder.rows()))
+    assert found[0] == found[1]
+    block = run.learner.model.block[0]
+    for x in (block.attn.qkv.weight, block.mlp.experts.mlp1_weight):
+        assert run.learner.shelf.put(x.data).data_ptr() == x.data_ptr()  # it lies there
