@@ -75,7 +75,7 @@ def test_a_row_goes_on_from_its_file_to_the_bit(backend, row):
 
 def test_a_row_without_room_takes_none(cache, row):
     slot, _ = load_row(cache, row[0], MADE)
-    with pytest.raises(CacheFull):
+    with pytest.raises(CacheFull, match="row: 600 tokens asked, 100 left of 700"):
         load_row(cache, row[0], MADE)
     cache.reserve(slot, 700)
     assert len(cache.reserved) == 1

@@ -16,7 +16,7 @@ from gptoss.backends.protocol import Cache
 from gptoss.backends.slots import Arrays
 from gptoss.checkpoint import safetensors
 from gptoss.checkpoint.files import shown
-from gptoss.errors import CheckpointError
+from gptoss.errors import CacheFull, CheckpointError
 
 ALIGNED = 8  # bytes
 Made = Mapping[str, str | None]  # by what: the model, the backend, its dtype, ...
@@ -76,6 +76,9 @@ def load_row(cache: Cache, path: Path | str, made: Made) -> tuple[int, list[int]
     except ValueError as error:
         cache.close(slot)
         raise CheckpointError(f"{path}: its keys and values are damaged: {error}") from None
+    except CacheFull as error:
+        cache.close(slot)
+        raise CacheFull(f"{path}: {error}") from None
     except BaseException:
         cache.close(slot)
         raise
