@@ -6,6 +6,7 @@ torch = pytest.importorskip("torch")
 
 import json  # noqa: E402
 import os  # noqa: E402
+import random  # noqa: E402
 import signal  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
@@ -241,6 +242,32 @@ def test_one_killed_process_ends_the_others_and_the_run_goes_on(data, tmp_path):
         sft(model, [data], run, config=config, reading=reading, watch=stop)
     assert [row["step"] for row in rows_of(run)] == [*range(1, kept + 2)]
     assert export(run, tmp_path / "out").experts
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
+def test_killed_at_any_moment_two_go_on_as_if_nothing_had_been(data, tmp_path):
+    """Also while a checkpoint is written: one is, after every step."""
+    rng, model = random.Random(0), write_toy(tmp_path)
+    words = f"{model} {data} --steps 60 --lr 1e-2 --tokens 700 --save-every 1 --threads 1 --out"
+    command = torchrun(2, "gptoss", "train", "sft", *words.split())
+    run = tmp_path / "killed"
+    for _ in range(6):
+        process = subprocess.Popen([*command, run], stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(children(process.pid)) < 2:
+            time.sleep(0.02)
+        steps = len(rows_of(run)) if (run / "metrics.jsonl").exists() else 0
+        while process.poll() is None and not (run / "states" / f"{steps + 2:08}").exists():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.0, 0.3))
+        if process.poll() is None:
+            os.kill(children(process.pid)[rng.randrange(2)], signal.SIGKILL)
+        process.wait()
+        for state in (run / "states").glob("0*"):
+            assert {"state.pt", ".metadata"} < {file.name for file in state.iterdir()}
+    subprocess.run([*command, run], check=True)
+    subprocess.run([*command, tmp_path / "whole"], check=True)
+    assert_the_same(rows_of(run), rows_of(tmp_path / "whole"))
 
 
 @pytest.fixture(scope="module")
