@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from gptoss.backends.torch.cache import FullSequences, attend_whole
 from gptoss.backends.torch.ops import PackedTensor, TorchOps, dtype_of, from_numpy
 from gptoss.checkpoint.open import LAYOUTS, open_checkpoint
+from gptoss.checkpoint.pieces import forget
 from gptoss.model import model, weights
 from gptoss.model.config import ModelConfig
 from gptoss.model.mxfp4 import Packed
@@ -324,6 +325,7 @@ class Transformer(nn.Module):
             for end, x in found.items():
                 name = spec.name + end
                 state[name] = x if keep is None else keep(name, x)
+            forget(stored.blocks if isinstance(stored, Packed) else stored)  # the file's pages
         module.load_state_dict(state, assign=True)
         return module
 
