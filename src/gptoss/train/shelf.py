@@ -56,9 +56,7 @@ class Host:
     """See the module."""
 
     def __init__(self) -> None:
-        self._kept: dict[
-            int, Tensor
-        ] = {}  # by address, which is nobody else's as long as it is here
+        self._kept: dict[int, Tensor] = {}  # by address, nobody else's while it is here
 
     def put(self, x: Tensor) -> Tensor:
         """See ``Shelf.put``."""
