@@ -1,6 +1,6 @@
 """A training step with everything in memory, and with what is not at work in files: memory, time.
 
-    python benchmarks/train_offload.py                                # 324 million parameters
+    python benchmarks/train_offload.py                                # 327 million parameters
     python benchmarks/train_offload.py --layers 4 --steps 2 --rounds 1 --out /tmp/small.json
 
 All train the same random weights in float32 with AdamW on the same tokens, each in a process of its
