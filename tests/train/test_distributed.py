@@ -290,6 +290,13 @@ def test_four_processes_compute_what_one_does(four, tmp_path, case):
 
 
 @pytest.mark.slow
+def test_rows_that_three_cannot_divide_evenly(tmp_path):
+    """32 rows make 11, 11 and 10; 4 sinks make 2, 2 and none."""
+    together(tmp_path, 3, {"three": STEPS})
+    assert_the_same(rows_of(tmp_path / "three"), alone(tmp_path / "one", **STEPS))
+
+
+@pytest.mark.slow
 def test_four_processes_answer_and_learn_like_one(four, parameters, tmp_path):
     lay_coin(tmp_path, parameters)
     crowd.answer(tmp_path / "reward", "ppo")

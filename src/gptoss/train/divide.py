@@ -18,7 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from gptoss.backends.torch.modules import OPS, Experts, Transformer
@@ -44,6 +49,7 @@ def divide(model: Transformer, ranks: Ranks) -> None:
     Raises ValueError: heads or experts cannot be divided so.
     """
     check(model, ranks)
+    wide = MixedPrecisionPolicy(reduce_dtype=torch.float32)  # in which gradients are added up
     blocks: Any = model.block
     for block in blocks:
         attn, mlp = block.attn, block.mlp
@@ -54,10 +60,10 @@ def divide(model: Transformer, ranks: Ranks) -> None:
             attn.sinks = mine(attn.sinks, ranks.tensor_place, ranks.tensor)
         if ranks.tensor * ranks.expert > 1:
             mlp.experts = Visited(mlp.experts, ranks)
-        fully_shard(mlp.experts, mesh=ranks.sparse["data"])
-        fully_shard(block, mesh=ranks.dense["place"])
+        fully_shard(mlp.experts, mesh=ranks.sparse["data"], mp_policy=wide)
+        fully_shard(block, mesh=ranks.dense["place"], mp_policy=wide)
         register_fsdp_forward_method(block, "run")
-    fully_shard(model, mesh=ranks.dense["place"])
+    fully_shard(model, mesh=ranks.dense["place"], mp_policy=wide)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # the weights of a step add up to 1 as they are

@@ -100,7 +100,7 @@ class Folder:
             if not self.ranks.alone:
                 from gptoss.train import pieces  # seconds to import
 
-                state = pieces.write(state, Path(str(self.ranks.gather(partial)[0])))
+                state = pieces.write(state, Path(str(self.ranks.gather(partial)[0])), target)
             if partial is not None:
                 with (partial / "state.pt").open("wb") as file:
                     write(state, file)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -45,10 +46,10 @@ class Kept:
     heads: Heads
 
 
-def write(state: Any, path: Path) -> Any:
+def write(state: Any, path: Path, target: Path) -> Any:
     """Write the pieces in ``state``, as all processes do -> ``state`` with notes for them.
 
-    Raises CheckpointError, everywhere, if one of them cannot.
+    ``target``: what ``path`` will be called. Raises CheckpointError, everywhere, if one cannot.
     """
     found: dict[str, Tensor] = {}
 
@@ -59,7 +60,7 @@ def write(state: Any, path: Path) -> Any:
         return NOTE, key, x.heads
 
     noted = _changed(state, note)
-    with _one_sentence(path, "could not be written: {}. Nothing was left behind."):
+    with _one_sentence(target, "could not be written: {}. Nothing was left behind."):
         save(found, storage_writer=FileSystemWriter(path))
     return noted
 
@@ -105,7 +106,7 @@ def _one_sentence(path: Path, said: str) -> Iterator[None]:
     """A CheckpointError for whatever ``torch.distributed.checkpoint`` raises."""
     try:
         yield
-    except (CheckpointException, OSError, RuntimeError, ValueError, KeyError, EOFError) as found:
+    except (CheckpointException, OSError, UnpicklingError, ValueError, EOFError) as found:
         error: Any = found
         if isinstance(found, CheckpointException):
             error = next(iter(found.failures.values()))[0]  # of one process

@@ -12,7 +12,7 @@ They speak through torch's collectives: gloo between CPUs, NCCL between GPUs.
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,13 +24,6 @@ from gptoss.train.config import TrainConfig
 
 X = TypeVar("X")
 GONE = ("Connection closed", "Connection reset", "Broken pipe", "NCCL")  # torch has no class for it
-
-
-class Divisible(Protocol):
-    """A batch that several can compute."""
-
-    def part(self, index: int, count: int) -> Any:
-        """What one of ``count`` computes of it: all parts add up to the batch."""
 
 
 class Ranks:
@@ -76,10 +69,11 @@ class Ranks:
         return self.rank == 0
 
     def share(self, batches: Sequence[X]) -> list[X]:
-        """What this process computes of a step: whole batches, or of each batch some documents."""
+        """What this process computes of a step: whole batches, or its ``part`` of each."""
         if len(batches) % self.places == 0:
             return list(batches[self.place :: self.places])
-        return [batch.part(self.place, self.places) for batch in batches]  # type: ignore[attr-defined]
+        divisible: Sequence[Any] = batches
+        return [batch.part(self.place, self.places) for batch in divisible]
 
     def led(self, does: Callable[[], None]) -> None:
         """The first process alone does something, the others wait. What it raises, all raise."""
@@ -87,7 +81,7 @@ class Ranks:
         if self.first:
             try:
                 does()
-            except GptOssError as found:
+            except (GptOssError, OSError) as found:
                 error = found
         for raised in self.gather(error):
             if raised is not None:
