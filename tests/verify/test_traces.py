@@ -104,6 +104,53 @@ def test_a_missing_part_is_said(tmp_path):
         open_trace(f"{tmp_path / 'gap'}#x")
     with pytest.raises(GptOssError, match="is not whole"):
         open_trace(f"{tmp_path / 'gap'}#y")
-    (tmp_path / "bad").write_bytes(MAGIC + b"\x04\0\0\0" + bytes(8) + b"{no}")
-    with pytest.raises(GptOssError, match="damaged at byte 28"):
-        Traces(tmp_path / "bad")
+    for head in (b"{no}", b"[12]", b'{"key": "x"}'):
+        (tmp_path / "bad").write_bytes(MAGIC + bytes([len(head), *bytes(11)]) + head)
+        with pytest.raises(GptOssError, match="damaged at byte 28"):
+            Traces(tmp_path / "bad")
+
+
+def test_a_name_of_a_name_hides_nothing_and_any_path_will_do(tmp_path):
+    path = tmp_path / "a#b"
+    writer = Writer(path)
+    for i, id in enumerate(("x", "x", "x.1", "x#y", "x")):
+        writer.add(piece(i), key=str(i), id=id)
+    writer.close()
+    assert Traces(path).names == ["x", "x.1", "x.1.1", "x#y", "x.2"]
+    assert open_trace(f"{path}#x.1.1").tokens == [2]
+    assert open_trace(f"{path}#x#y").tokens == [3]
+
+
+@pytest.mark.parametrize("kind", ["one", "many"])
+def test_whatever_is_damaged_is_said(tmp_path, kind):
+    path, draw = tmp_path / kind, np.random.default_rng(1)
+    if kind == "one":
+        piece(1, 2).save(path)
+    else:
+        writer = Writer(path)
+        writer.add(piece(1, 2), key="x", id="x")
+        writer.close()
+    whole, said = path.read_bytes(), 0
+    for _ in range(400):
+        wrong = bytearray(whole)
+        wrong[draw.integers(len(wrong))] = draw.integers(256)
+        path.write_bytes(wrong)
+        try:
+            open_trace(str(path))
+        except GptOssError:
+            said += 1
+    assert said > 100
+
+
+def test_a_full_disk_leaves_what_was_there(path):
+    resource = pytest.importorskip("resource")  # not on Windows
+    whole, writer = path.read_bytes(), Writer(path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 50, hard))
+    try:
+        with pytest.raises(OSError, match="large"):
+            writer.add(piece(7), key="new", id="new")
+        writer.close()  # which has nothing more to write
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == whole

@@ -11,8 +11,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
-from gptoss.errors import CheckpointError
+from gptoss.errors import CheckpointError, GptOssError
 
 try:
     import fcntl
@@ -45,6 +46,35 @@ def staged(target: Path, needed: int) -> Iterator[Path]:
         raise KeyboardInterrupt(f"{target}: interrupted. Nothing was left behind.") from None
     with suppress(OSError):  # after a power cut the old name may be back; the files are safe
         sync(target.parent)
+
+
+@contextmanager
+def staged_file(target: Path) -> Iterator[IO[bytes]]:
+    """The same of one file, which takes the place of what was there.
+
+    Of a link it is what the link names; a device or a pipe is written to as it stands.
+
+    Raises:
+        GptOssError: it cannot be written; what was there stays.
+    """
+    try:
+        if target.exists() and not target.is_file():
+            with target.open("wb") as file:
+                yield file
+            return
+        there = target.resolve()
+        partial = there.with_name(f".{there.name}.partial-{os.getpid()}")
+        try:
+            with partial.open("wb") as file:
+                yield file
+            if there.exists():
+                shutil.copymode(there, partial)
+            os.replace(partial, there)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        reason = "the disk is full" if error.errno in FULL else error.strerror or str(error)
+        raise GptOssError(f"{target}: cannot be written: {reason}") from None
 
 
 @contextmanager

@@ -8,8 +8,8 @@ one JSON object.
 """
 
 import json
-import zipfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from gptoss.backends.protocol import Backend, Batch
+from gptoss.checkpoint.staged import staged_file
 from gptoss.errors import GptOssError
 from gptoss.model.config import ModelConfig
 from gptoss.model.reference import NumpyOps
 from gptoss.model.weights import Read
 from gptoss.verify.layers import dense, layer_experts, load_block, run_layer, slices
+from gptoss.verify.trace import DAMAGED
 
 KEPT = 32  # likeliest tokens that are stored of each
 STEP = 256  # tokens computed together
@@ -48,26 +50,23 @@ class Answers:
         return float(np.exp(-self.next.mean()))
 
     def save(self, path: Path | str) -> None:
-        """Into a file; logprobs in float32."""
+        """Into a file; logprobs in float32. Raises GptOssError: it cannot be written."""
         arrays = {n: getattr(self, n).astype(np.float32) for n in ("logprobs", "rest", "next")}
         about = np.array(json.dumps({"format": FORMAT, **self.about}))
-        with open(path, "wb") as file:
+        with staged_file(Path(path)) as file:
             np.savez_compressed(file, tokens=self.tokens, ids=self.ids, about=about, **arrays)
 
     @classmethod
     def load(cls, path: Path | str) -> "Answers":
         """Raises GptOssError for any other file."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                about = json.loads(str(file["about"]))
-                logprobs, rest, following = (
-                    file[name].astype(np.float64) for name in ("logprobs", "rest", "next")
-                )
-                found = cls(file["tokens"], file["ids"], logprobs, rest, following, about)
+        with open(path, "rb") as raw, suppress(*DAMAGED), np.load(raw, allow_pickle=False) as file:
+            about = json.loads(str(file["about"]))
+            logprobs, rest, following = (
+                file[name].astype(np.float64) for name in ("logprobs", "rest", "next")
+            )
+            found = cls(file["tokens"], file["ids"], logprobs, rest, following, about)
             if about["format"] == FORMAT and found.ids.shape == found.logprobs.shape:
                 return found
-        except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
-            pass
         raise GptOssError(f"{path}: holds no answers that `gptoss verify --save` has written")
 
 

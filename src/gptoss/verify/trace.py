@@ -23,6 +23,7 @@ Many traces in one file are those of ``traces.py``.
 
 import json
 import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +31,17 @@ from typing import IO, Any
 
 import numpy as np
 
+from gptoss.checkpoint.staged import staged_file
 from gptoss.errors import GptOssError
 from gptoss.model.reference import NDArray
 
 FORMAT = "gptoss-trace-1"
+# What reading an .npz may raise that is damaged, or another kind of file; of RuntimeError, what an
+# archive says that seems to be encrypted or of a later kind.
+DAMAGED = (
+    *(ValueError, KeyError, TypeError, EOFError, OSError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error),
+)
 Part = tuple[int, dict[str, NDArray]]  # where it begins, and arrays of the tokens from there on
 NARROW = {np.dtype(np.float64): np.float32, np.dtype(np.int64): np.int32}
 
@@ -51,8 +59,8 @@ class TraceFile:
         return [int(token) for token in self.arrays["tokens"]]
 
     def save(self, path: Path | str) -> None:
-        """Into a file of its own."""
-        with open(path, "wb") as file:
+        """Into a file of its own. Raises GptOssError: it cannot be; what was there stays."""
+        with staged_file(Path(path)) as file:
             self.write(file)
 
     def write(self, file: IO[bytes]) -> None:
@@ -76,7 +84,7 @@ class TraceFile:
             shape = len(arrays["tokens"]), len(about["points"]), 5
             if about.pop("format") == FORMAT and arrays["sketch"].shape == shape:
                 return cls(about, arrays)
-        except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        except DAMAGED:
             pass
         raise GptOssError(f"{origin}: is no trace that gptoss has written")
 

@@ -16,8 +16,11 @@ import json
 import os
 import struct
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -55,18 +58,19 @@ class Writer:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self._file = open(self.path, "ab", opener=_private)  # noqa: SIM115 (see ``close``)
+        self.size = 0
+        self._file = open(self.path, "ab", buffering=0, opener=_private)  # noqa: SIM115
         try:
             if not _locked(self._file.fileno()):
                 raise GptOssError(f"{path}: another process is writing there")
             if self.path.stat().st_size:
-                self._file.truncate(_end(self.path))
+                self.size = _end(self.path)
+                self._file.truncate(self.size)
             else:
                 self._put(MAGIC)
         except BaseException:
             self._file.close()
             raise
-        self.size = self._file.seek(0, os.SEEK_END)
 
     def add(
         self,
@@ -77,23 +81,28 @@ class Writer:
         past: int = 0,
         after: tuple[str, int] | None = None,
     ) -> None:
-        """One part."""
+        """One part. Raises OSError: it cannot be written, and the file is as it was."""
         body = BytesIO()
         trace.write(body)
         end, prompt = past + len(trace.tokens), trace.about.get("prompt")
         said = {"key": key, "id": id, "past": past, "end": end, "prompt": prompt, "after": after}
         head = json.dumps(said).encode()
-        record = SIZES.pack(len(head), body.tell()) + head + body.getvalue()
-        self._put(record)
-        self.size += len(record)
+        self._put(SIZES.pack(len(head), body.tell()) + head + body.getvalue())
 
     def close(self) -> None:
         """Nothing follows."""
         self._file.close()
 
     def _put(self, data: bytes) -> None:
-        self._file.write(data)
-        self._file.flush()
+        left = memoryview(data)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError:
+            with suppress(OSError):  # what is torn is cut off by who writes next
+                self._file.truncate(self.size)
+            raise
+        self.size += len(data)
 
 
 class Traces:
@@ -113,7 +122,8 @@ class Traces:
         seen = Counter[str]()
         for key, pieces in self._pieces.items():
             id = str(pieces[0].head["id"])
-            self.keys[id if not seen[id] else f"{id}.{seen[id]}"] = key
+            free = (name for name in _names(id, seen[id]) if name not in self.keys)
+            self.keys[next(free)] = key
             seen[id] += 1
 
     @property
@@ -142,8 +152,7 @@ class Traces:
         return (", ".join(self.names[:SHOWN]) or "none") + more
 
     def _load(self, key: str) -> TraceFile:
-        pieces, parts = self._pieces.get(key, []), list[Part]()
-        about: dict[str, Any] = {}
+        pieces, parts, about = self._pieces.get(key, []), list[Part](), dict[str, Any]()
         with open(self.path, "rb") as file:
             for piece in pieces:
                 file.seek(piece.start)
@@ -156,7 +165,7 @@ class Traces:
                 parts.append((piece.head["past"], found.arrays))
         try:
             return TraceFile(about, joined(parts))
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise GptOssError(f"{self.path}#{key}: is not whole: {error}") from None
 
 
@@ -172,7 +181,7 @@ def open_trace(where: str) -> TraceFile:
     Raises:
         GptOssError: there is no such trace.
     """
-    path, _, name = where.partition("#") if not Path(where).exists() else (where, "", "")
+    path, name = _split(where)
     if not is_traces(path):
         if name:
             raise GptOssError(f"{path}: holds one trace alone; leave #{name} out")
@@ -185,6 +194,18 @@ def open_trace(where: str) -> TraceFile:
             f"{path}: holds {len(traces.names)} traces; say {path}#ID, of {traces.listed()}"
         )
     return traces.load(name)
+
+
+def _split(where: str) -> tuple[str, str]:
+    """FILE and ID; either may have a # in it."""
+    ends = [len(where), *(i for i, sign in enumerate(where) if sign == "#")]
+    end = next((i for i in ends if os.path.exists(where[:i])), len(where))
+    return where[:end], where[end + 1 :]
+
+
+def _names(id: str, first: int) -> Iterator[str]:
+    """What the next trace with this id may be called."""
+    return (f"{id}.{i}" if i else id for i in count(first))
 
 
 def _locked(descriptor: int) -> bool:
@@ -213,11 +234,19 @@ def _pieces(file: IO[bytes], origin: str) -> list[Piece]:
         if start + body > size:
             break
         try:
-            found.append(Piece(json.loads(file.read(head)), start, body))
+            found.append(Piece(_head(file.read(head)), start, body))
         except ValueError:
             raise GptOssError(f"{origin}: is damaged at byte {start - head}") from None
         file.seek(start + body)
     return found
+
+
+def _head(raw: bytes) -> dict[str, Any]:
+    """A header. Raises ValueError for anything else."""
+    match head := json.loads(raw):
+        case {"key": str(), "id": str(), "past": int(), "end": int(), "prompt": _, "after": _}:
+            return dict(head)
+    raise ValueError("no header")
 
 
 def _end(path: Path) -> int:
