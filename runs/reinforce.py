@@ -196,6 +196,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
                 rounds = range(1, len(row["rewards"]) + 1)
                 axes.plot(rounds, row["rewards"], linewidth=1.2, label=f"seed {row['seed']}")
         axes.set(title=name.upper(), xlabel="round", ylim=(0, 1.03))
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("exact answers, of 64 sampled")
     panels[-1].legend(loc="lower right")
