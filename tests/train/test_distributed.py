@@ -253,16 +253,16 @@ def test_killed_at_any_moment_two_go_on_as_if_nothing_had_been(data, tmp_path):
     command = torchrun(2, "gptoss", "train", "sft", *words.split())
     run = tmp_path / "killed"
     for _ in range(6):
-        process = subprocess.Popen([*command, run], stderr=subprocess.DEVNULL)
+        process = subprocess.Popen([*command, run], stderr=subprocess.PIPE, text=True)
         while process.poll() is None and len(children(process.pid)) < 2:
             time.sleep(0.02)
         steps = len(rows_of(run)) if (run / "metrics.jsonl").exists() else 0
         while process.poll() is None and not (run / "states" / f"{steps + 2:08}").exists():
             time.sleep(0.01)
         time.sleep(rng.uniform(0.0, 0.3))
-        if process.poll() is None:
-            os.kill(children(process.pid)[rng.randrange(2)], signal.SIGKILL)
-        process.wait()
+        os.kill(children(process.pid)[rng.randrange(2)], signal.SIGKILL)
+        said = [line for line in process.communicate()[1].splitlines() if "gptoss: " in line]
+        assert len(said) == 1 and "a process of this run has ended; the checkpoint of" in said[0]
         for state in (run / "states").glob("0*"):
             assert {"state.pt", ".metadata"} < {file.name for file in state.iterdir()}
     subprocess.run([*command, run], check=True)
