@@ -115,7 +115,7 @@ def tried(way: str, args: argparse.Namespace) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(told.read_text(encoding="utf-8"))
         return found
     lines, greedy = exam(way, args.count), way in SFT
-    began = time.process_time()
+    there, began = (path / "states").exists(), time.process_time()
     (supervised if greedy else rewarded)(way, path, args)
     spent = time.process_time() - began
     trained, begun = load_run(path)
@@ -128,7 +128,7 @@ def tried(way: str, args: argparse.Namespace) -> dict[str, Any]:
         "trained": marks,
         "exported": native(path / "packed", lines, 0.0 if greedy else 1.0),
         "experts_moved": sum(row["relative"] for row in report.experts) / len(report.experts),
-        "cpu_seconds": round(spent, 1),
+        "cpu_seconds": None if there else round(spent, 1),
     }
     told.write_text(json.dumps(found) + "\n", encoding="utf-8")
     print(json.dumps(found), flush=True)
