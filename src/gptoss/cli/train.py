@@ -6,6 +6,7 @@ gptoss train sft nano chats.jsonl --out runs/first --steps 300 --lr 1e-3
 gptoss train sft openai/gpt-oss-20b chats.jsonl --out runs/lora --lora 8 --dtype bfloat16
 gptoss train sft openai/gpt-oss-20b chats.jsonl --out runs/mac --lora 8 -b mlx --device gpu
 gptoss train pretrain nano texts.jsonl --out runs/new --tokenizer words.json
+torchrun --nproc-per-node 2 -m gptoss train sft nano chats.jsonl --out runs/two --accumulate 2
 gptoss train grpo nano prompts.jsonl --out runs/reward --reward exact --steps 50 --lr 3e-4
 gptoss train ppo nano prompts.jsonl --out runs/ppo --reward exact --reward 0.1*rewards.py:short
 gptoss train export runs/first first --data held-out.jsonl
