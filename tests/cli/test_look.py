@@ -104,6 +104,11 @@ def test_what_cannot_be_written_is_said_before_loading(gptoss_, toy, tmp_path, m
         assert status == 1 and err.startswith(f"gptoss: {out}: cannot be written;")
         assert len(err.splitlines()) == 1
 
+    (tmp_path / "plots").touch()
+    status, _, err = gptoss_("look", "hi", toy, "-o", tmp_path / "a", "--png", tmp_path / "plots")
+    assert status == 1 and "is no directory" in err
+    (tmp_path / "plots").unlink()
+
     def missing():
         raise BackendUnavailable("plots need matplotlib")
 

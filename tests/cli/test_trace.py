@@ -48,7 +48,7 @@ def test_chat_without_a_word_leaves_no_trace(tmp_path):
         (["serve", "--trace-size", "1GB"], "--trace-size is for --trace", 2),
         (["serve", "--trace", "{here}/t", "--trace-size", "much"], "is not a size such as", 2),
         (["serve", "--port", "0", "--trace", "{here}/letter"], "no file of traces", 1),
-        (["generate", "-p", "x", "--trace", "{here}/many"], "names another file", 1),
+        (["generate", "-p", "x", "--trace", "{here}/many"], "holds something else", 1),
         (["diff", "{here}/letter", "--list"], "no file of many traces", 1),
     ],
 )

@@ -43,6 +43,10 @@ def test_what_is_wrong_ends_with_status_1_and_is_named(gptoss_, toy, monkeypatch
         (["--server", "localhost"], "no address of a server"),
         (["--teacher", "a"], "the text has 1 tokens"),
         (["--memory", "1kB"], "memory (--memory) must be at least"),
+        (["--server", "http://here:99999", "--served", "x"], "no address of a server"),
+        (["--server", "http://127.0.0.1:9", "--served", "x", "--key", "a\nb"], "cannot be sent"),
+        (["--served", "x"], "--served is for --server"),
+        (["--kit", "--layers", 1], "--layers has no part in --kit"),
     ],
 )
 def test_a_wrong_command_line_is_a_sentence(gptoss_, toy, words, why):
@@ -76,6 +80,10 @@ def test_answers_are_saved_and_replayed(gptoss_, toy, tmp_path):
     assert status == 0 and 0.0 <= said["kl"] < 0.1 and said["perplexity"] > 1.0
     status, _, err = gptoss_("verify", "nano", "--replay", path)
     assert status == 2 and "another model's answers" in err
+    status, out, _ = gptoss_("verify", toy, "-b", "reference", "--teacher", "no file " * 100)
+    assert status == 0 and "the same likeliest 100.00%" in out
+    status, _, err = gptoss_("verify", toy, "--teacher", "abc", "--save", text)
+    assert status == 1 and "holds something else" in err and text.read_text().startswith("abc")
 
 
 def test_a_trace_is_written_and_differs_where_it_was_edited(gptoss_, toy, tmp_path):
@@ -93,10 +101,18 @@ def test_a_trace_is_written_and_differs_where_it_was_edited(gptoss_, toy, tmp_pa
     assert status == 1 and json.loads(out)["tokens"] == 2
     status, _, err = gptoss_("diff", a, "--edit", "2")
     assert status == 2 and "is not AT=TOKEN" in err
+    status, _, err = gptoss_("diff", a, "--edit", "2=99999999999")
+    assert status == 2 and "is not AT=TOKEN" in err
+    status, _, err = gptoss_("diff", a, b, "--list")
+    assert status == 2 and "--list takes one file" in err
     status, _, err = gptoss_("diff", a, b, "--on", "nano")
     assert status == 2 and "read anew" in err
     (tmp_path / "c").write_text("nothing")
     status, _, err = gptoss_("diff", a, tmp_path / "c")
     assert status == 1 and "is no trace" in err
+    status, _, err = gptoss_("diff", a, "--out", tmp_path / "c")
+    assert status == 1 and "holds something else" in err
+    status, _, err = gptoss_("diff", a, "--out", tmp_path / "no" / "where")
+    assert status == 1 and "--out names a file in a directory" in err
     status, _, err = gptoss_("generate", toy, "-p", "a", "--point", "attn.q")
     assert status == 2 and "--point is for --trace" in err

@@ -1,7 +1,9 @@
 """Servers are understood, as they are: each of those here answers as one that was met."""
 
 import json
+import socket
 import threading
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
@@ -124,8 +126,34 @@ def test_a_server_that_tells_no_logprobs_is_said_to(probe, tokenizer, asked):
         Server(url, tokenizer)(asked[0])
     with pytest.raises(GptOssError, match="cannot be reached"):
         Server(url, tokenizer)
-    with pytest.raises(ValueError, match="no address"):
-        Server("localhost", tokenizer)
+    for address in ("localhost", "http://", "http://localhost:99999"):
+        with pytest.raises(ValueError, match="no address"):
+            Server(address, tokenizer, model="some")
+
+
+@pytest.mark.parametrize(
+    "reply, why",
+    [
+        (b"", "cannot be reached"),  # it hangs up
+        (b"HTTP/1.1 401 No\r\nContent-Length: 4\r\n\r\nkey?", "names no model .401: .key"),
+        (None, "no answer in 0.5 seconds"),
+    ],
+)
+def test_why_a_server_names_no_model(tokenizer, reply, why):
+    with closing(socket.create_server(("127.0.0.1", 0))) as listening:
+
+        def answer():
+            with closing(listening.accept()[0]) as connection:
+                connection.recv(4096)
+                if reply is None:
+                    connection.recv(4096)  # until the other gives up
+                else:
+                    connection.sendall(reply)
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(GptOssError, match=why):
+            url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+            Server(url, tokenizer, timeout=0.5 if reply is None else 60)
 
 
 def thoughtful(backend, tokens):

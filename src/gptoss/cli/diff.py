@@ -12,6 +12,7 @@ gptoss diff first.traces second.traces
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,7 @@ from gptoss.cli import options
 from gptoss.cli.arguments import Argument, Option, WrongCommandLine
 from gptoss.cli.candidates import Running, opened_model
 from gptoss.cli.endings import usage
+from gptoss.cli.tracing import replaceable
 from gptoss.errors import GptOssError
 
 if TYPE_CHECKING:
@@ -56,6 +58,10 @@ def run(
 
     if second is not None and (on is not None or edit or out is not None):
         raise WrongCommandLine("--on, --edit and --out are for one trace, read anew")
+    if list_ and (second is not None or on is not None or edit or out is not None):
+        raise WrongCommandLine("--list takes one file, and nothing is compared")
+    if out is not None:
+        replaceable(out, "--out")
     if list_:
         return listed(first, json_)
     if second is not None and all(Path(x).is_file() and is_traces(x) for x in (first, second)):
@@ -119,10 +125,10 @@ def anew(a: TraceFile, on: str | None, edits: list[str], running: Running) -> Tr
         raise WrongCommandLine("a batch that was trained on is not read anew; give a second trace")
     tokens = a.tokens
     for said in edits:
-        at, _, token = said.partition("=")
-        if not (at.isdecimal() and token.isdecimal() and int(at) < len(tokens)):
+        found = re.fullmatch(r"(\d{1,9})=(\d{1,9})", said)
+        if found is None or int(found[1]) >= len(tokens):
             raise WrongCommandLine(f"--edit: {said!r} is not AT=TOKEN, AT below {len(tokens)}")
-        tokens[int(at)] = int(token)
+        tokens[int(found[1])] = int(found[2])
     model = on or str(a.about.get("model", "nano"))
     with opened_model(model) as opened:
         with usage():

@@ -16,6 +16,7 @@ from gptoss.cli import options
 from gptoss.cli.arguments import Argument, Option, WrongCommandLine
 from gptoss.cli.endings import usage
 from gptoss.cli.terminal import Screen, bar, decoded, typed
+from gptoss.cli.tracing import writable
 from gptoss.errors import GptOssError
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def run(
 ) -> None:
     """One page that shows what the model did with each token, and what it thought of instead."""
     from gptoss.checkpoint.open import open_checkpoint
+    from gptoss.checkpoint.staged import staged_file
     from gptoss.llm.models import resolve
     from gptoss.sight.look import look
     from gptoss.sight.page import page
@@ -52,19 +54,22 @@ def run(
             raise WrongCommandLine(f"--conversation stands in PROMPT's place: leave out {prompt!r}")
         model, prompt = prompt, None
     turns = asked(prompt, conversation, text, effort)
-    if path.is_dir() or not path.parent.is_dir():
-        raise GptOssError(f"{path}: cannot be written; --out names a file in a directory there is")
+    writable(path, "--out")
     if png is not None:
         from gptoss.sight.plots import need_matplotlib
 
         need_matplotlib()
+        if os.path.exists(png) and not os.path.isdir(png):
+            raise GptOssError(f"{png}: is no directory; --png names one")
     llm = loading.load(model)
     with usage():
         tokens = read(llm, prompt, turns, how)
     with bar("looking") as progress:
         weights = open_checkpoint(resolve(model)).read
         sight = look(llm.tokens.engine.backend, weights, tokens, progress)
-    write(path, page(sight, llm.tokenizer, f"{Path(model).name}: {len(tokens)} tokens"))
+    with staged_file(path) as file:
+        title = f"{Path(model).name}: {len(tokens)} tokens"
+        file.write(page(sight, llm.tokenizer, title).encode())
     print(path)
     if png is not None:
         from gptoss.sight.plots import plots
@@ -113,13 +118,3 @@ def read(llm: LLM, prompt: str | None, turns: list[Message] | None, how: Options
                 screen.show(event)
     screen.end()
     return tokens
-
-
-def write(path: Path, page: str) -> None:
-    """The whole page or nothing."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -34,11 +34,8 @@ class Tracing:
 
     def __post_init__(self) -> None:
         check(self.trace, self.point)
-        if self.trace is not None and self.trace.is_file():
-            from gptoss.verify.traces import is_traces
-
-            if is_traces(self.trace):
-                raise GptOssError(f"{self.trace}: holds many traces; --trace names another file")
+        if self.trace is not None:
+            replaceable(self.trace, "--trace")
 
     @contextmanager
     def of(self, llm: LLM, model: str) -> Iterator[None]:
@@ -156,5 +153,21 @@ def check(trace: Path | None, points: list[str] | None) -> None:
     """Whether there is anything to write, and a place: a slip must not wait for a model to load."""
     if points and trace is None:
         raise WrongCommandLine("--point is for --trace")
-    if trace is not None and (trace.is_dir() or not trace.parent.is_dir()):
-        raise GptOssError(f"{trace}: cannot be written; --trace names a file in a directory")
+    if trace is not None:
+        writable(trace, "--trace")
+
+
+def writable(path: Path, option: str) -> None:
+    """Raises GptOssError: there can be no such file."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise GptOssError(f"{path}: cannot be written; {option} names a file in a directory")
+
+
+def replaceable(path: Path, option: str) -> None:
+    """Raises GptOssError: a file is there that is no .npz, such as one of many traces."""
+    writable(path, option)
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        if file.read(2) not in (b"", b"PK"):
+            raise GptOssError(f"{path}: holds something else; {option} names another file")

@@ -10,6 +10,7 @@ gptoss verify --probe /tmp/probe && gptoss verify --server http://127.0.0.1:8080
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from gptoss.cli.arguments import Argument, Option, WrongCommandLine
 from gptoss.cli.candidates import Running, opened_model, rival
 from gptoss.cli.endings import usage
 from gptoss.cli.terminal import bar, decoded
+from gptoss.cli.tracing import replaceable
 
 if TYPE_CHECKING:
     from gptoss.checkpoint.open import Checkpoint
@@ -96,7 +98,7 @@ def run(
 
     Exit status 1: something is wrong.
     """
-    check(teaching, kit, probe)
+    check(layerwise, teaching, kit, probe)
     by_bugs = kit.kit or kit.server is not None
     by_text = teaching.teacher is not None or teaching.replay is not None
     if probe is not None:
@@ -116,8 +118,8 @@ def run(
         sys.exit(1)
 
 
-def check(teaching: Teaching, kit: Kit, probe: Path | None) -> None:
-    """Whether one thing is asked for, and not two."""
+def check(layerwise: Layerwise, teaching: Teaching, kit: Kit, probe: Path | None) -> None:
+    """Whether one thing is asked for and not two, and nothing that has no part in it."""
     given = {
         "--teacher": teaching.teacher,
         "--replay": teaching.replay,
@@ -128,8 +130,19 @@ def check(teaching: Teaching, kit: Kit, probe: Path | None) -> None:
     asked = [name for name, value in given.items() if value is not None]
     if len(asked) > 1:
         raise WrongCommandLine(f"{asked[0]} and {asked[1]} exclude each other")
-    if teaching.save is not None and teaching.teacher is None:
-        raise WrongCommandLine("--save is for --teacher")
+    way = asked[0] if asked else "layers"
+    for name, value, *ways in (
+        ("--save", teaching.save, "--teacher"),
+        ("--served", kit.served, "--server"),
+        ("--length", layerwise.length, "layers"),
+        ("--against", layerwise.against, "layers", "--teacher"),
+        ("--layers", layerwise.layers, "layers", "--teacher", "--replay"),
+    ):
+        if value is not None and way not in ways:
+            less = f"is for {ways[0]}" if way == "layers" else f"has no part in {way}"
+            raise WrongCommandLine(f"{name} {less}")
+    if teaching.save is not None:
+        replaceable(teaching.save, "--save")
 
 
 def compared(opened: Checkpoint, running: Running, asked: Layerwise, as_json: bool) -> bool:
@@ -197,9 +210,9 @@ def answers(
     assert teaching.teacher is not None
     with usage():
         judge = rival(asked.against, opened, asked.layers)
-    path = Path(teaching.teacher)
-    with_file = len(teaching.teacher) < 4096 and path.is_file()
-    text = decoded(path.read_bytes(), teaching.teacher) if with_file else teaching.teacher
+    text = teaching.teacher
+    if os.path.isfile(text):  # unlike Path's, it takes a text of any length
+        text = decoded(Path(text).read_bytes(), text)
     tokens = load_tokenizer(opened).encode_with_specials(text)
     if not 2 <= len(tokens) <= config.context_length:
         raise WrongCommandLine(

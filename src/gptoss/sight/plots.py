@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gptoss.checkpoint.staged import staged_file
 from gptoss.errors import BackendUnavailable
 from gptoss.model.reference import NDArray
 from gptoss.sight.look import Sight
@@ -44,9 +45,9 @@ def plots(sight: Sight, tokenizer: Tokenizer, folder: Path) -> Iterator[Path]:
         ("routing", _routing(sight, said)),
     ):
         path = folder / f"{name}.png"
-        partial = folder / f".{name}.partial"
-        figure.savefig(partial, dpi=DPI, format="png", bbox_inches="tight")
-        yield partial.replace(path)
+        with staged_file(path) as file:
+            figure.savefig(file, dpi=DPI, format="png", bbox_inches="tight")
+        yield path
 
 
 def _surprise(sight: Sight, said: list[Span], words: list[str]) -> Figure:

@@ -9,7 +9,7 @@ import json
 from contextlib import closing
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from gptoss.errors import GptOssError
 from gptoss.text.tokenizer import Tokenizer
@@ -41,8 +41,10 @@ class Server:
         timeout: float = 600.0,
     ) -> None:
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if parts.scheme not in ("http", "https") or not parts.hostname or not _has_port(parts):
             raise ValueError(f"{url}: no address of a server such as http://127.0.0.1:8000/v1")
+        if key and not (key.isascii() and key.isprintable()):
+            raise ValueError("the key has characters that cannot be sent")
         self.url, self.parts, self.timeout = url, parts, timeout
         self.path = parts.path.rstrip("/") or "/v1"
         self.headers = {"Content-Type": "application/json"}
@@ -86,11 +88,16 @@ class Server:
         return self._ask("POST", "/completions", json.dumps(body))
 
     def _first_model(self) -> str:
-        _, said = self._ask("GET", "/models", None)
+        status, said = self._ask("GET", "/models", None)
+        if not status:
+            raise GptOssError(f"{self.url}: cannot be reached ({said})")
         try:
             return str(said["data"][0]["id"])
         except (LookupError, TypeError):
-            raise GptOssError(f"{self.url}: /models names no model; name one yourself") from None
+            told = f"{status}: {json.dumps(said)[:200]}"
+            raise GptOssError(
+                f"{self.url}: /models names no model ({told}); name one yourself"
+            ) from None
 
     def _ask(self, method: str, path: str, body: str | None) -> tuple[int, Any]:
         kind = HTTPSConnection if self.parts.scheme == "https" else HTTPConnection
@@ -102,7 +109,13 @@ class Server:
                 said = response.read(MOST)
             except ConnectionRefusedError as error:
                 raise GptOssError(f"{self.url}: cannot be reached ({error})") from None
-            except (OSError, HTTPException) as error:  # some fall over a prompt that is no text
+            except TimeoutError:
+                raise GptOssError(f"{self.url}: no answer in {self.timeout:g} seconds") from None
+            except (
+                OSError,
+                HTTPException,
+                UnicodeError,
+            ) as error:  # some fall over a prompt that is no text
                 return 0, str(error) or type(error).__name__
         try:
             return response.status, json.loads(said)
@@ -152,6 +165,14 @@ class Server:
         if isinstance(told.get("id"), int):
             return int(told["id"])
         return self.names.get(str(told.get("token")))
+
+
+def _has_port(parts: SplitResult) -> bool:
+    """Whether the port, if it is named, is one."""
+    try:
+        return parts.port != 0
+    except ValueError:
+        return False
 
 
 def _told(said: Any) -> list[tuple[Form, list[Form]]]:
