@@ -1,5 +1,6 @@
 """Rows of a cache as files, in every room: what goes on from a file is as if it had never left."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ from gptoss.backends import load_backend, rows
 from gptoss.backends.protocol import Batch
 from gptoss.backends.rows import load_row, save_row
 from gptoss.checkpoint import safetensors
-from gptoss.errors import BackendUnavailable, CacheFull, CheckpointError
+from gptoss.errors import BackendUnavailable, CacheFull, CheckpointError, GptOssError
 from gptoss.model.weights import random_weights
 from tests.conftest import TINY
 
@@ -115,25 +116,40 @@ def test_a_damaged_file_is_refused(cache, row, tmp_path):
     write(tmp_path / "nobody", arrays | {"tokens": tokens})
     with pytest.raises(CheckpointError, match="not a row of keys and values"):
         load_row(cache, tmp_path / "nobody", MADE)
-    for nonsense in (b"{", b"[" * 100_000, b"3"):
+    for nonsense in (b"{", b"[" * 60_000, b"3", json.dumps(MADE).encode().ljust(1 << 17)):
         write(tmp_path / "odd", {"made": np.frombuffer(nonsense, np.uint8), "tokens": tokens})
         with pytest.raises(CheckpointError, match="odd: does not say what made it"):
             load_row(cache, tmp_path / "odd", MADE)
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(CheckpointError, match="incomplete or damaged"):
+    with pytest.raises(CheckpointError, match=r"damaged\. If it was a prompt.s cache"):
         load_row(cache, path, MADE)
     assert not cache.reserved
+
+
+def test_what_a_file_holds_beyond_the_window_is_known_or_dropped(cache, row, tmp_path):
+    """Not what ``save_row`` writes: a sliding layer with all that the row has seen."""
+    arrays = {name: tensor.array() for name, tensor in safetensors.read(row[0]).items()}
+    if not hasattr(cache, "strips") or arrays["1.0"].ndim != 4:
+        pytest.skip("a row here is no strips, or strips of pages")
+    whole = {name: arrays[f"1.{name[2:]}"] for name in arrays if name.startswith("0.")}
+    write(tmp_path / "whole", arrays | whole)
+    slot, _ = load_row(cache, tmp_path / "whole", MADE)
+    strip, held = cache.strips[slot][0], cache.dump(slot)["0.0"]
+    assert strip.first == 600 - held.shape[2]
+    np.testing.assert_array_equal(held, whole["0.0"][:, :, strip.first :])
 
 
 def test_what_cannot_be_written_leaves_what_was_there(backend, row, tmp_path):
     path, _ = row
     memory = backend.new_cache(max_tokens=1000)
     slot, tokens = load_row(memory, path, MADE)
-    with pytest.raises(CheckpointError, match="nowhere/row: cannot be written: No such file"):
+    with pytest.raises(GptOssError, match="nowhere/row: cannot be written: No such file"):
         save_row(memory, slot, tokens, tmp_path / "nowhere" / "row", MADE)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(CheckpointError, match="folder: cannot be written: Is a directory"):
+    with pytest.raises(GptOssError, match="folder: cannot be written: Is a directory"):
         save_row(memory, slot, tokens, tmp_path / "folder", MADE)
+    with pytest.raises(GptOssError, match="row/below: cannot be written: Not a directory"):
+        save_row(memory, slot, tokens, path / "below", MADE)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "row"]
 
 

@@ -5,10 +5,9 @@ It is a safetensors file, read with the suspicion that checkpoints are read with
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, Protocol, runtime_checkable
+from typing import IO, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,9 +15,11 @@ from gptoss.backends.protocol import Cache
 from gptoss.backends.slots import Arrays
 from gptoss.checkpoint import safetensors
 from gptoss.checkpoint.files import shown
+from gptoss.checkpoint.staged import staged_file
 from gptoss.errors import CacheFull, CheckpointError
 
 ALIGNED = 8  # bytes
+LONGEST = 1 << 16  # bytes in which a file says what made it
 Made = Mapping[str, str | None]  # by what: the model, the backend, its dtype, ...
 
 
@@ -40,20 +41,13 @@ def save_row(cache: Cache, slot: int, tokens: Sequence[int], path: Path | str, m
     """Write the row in ``slot``, which holds ``tokens``; what was at ``path`` is replaced.
 
     Raises:
-        CheckpointError: it cannot be written; what was there stays.
+        GptOssError: it cannot be written; what was there stays.
     """
     assert isinstance(cache, RowCache) and len(tokens)
     said = np.frombuffer(json.dumps(dict(made)).encode(), np.uint8)
     arrays = {**cache.dump(slot), "tokens": np.asarray(tokens, np.int32), "made": said}
-    partial = Path(f"{path}.partial-{os.getpid()}")
-    try:
-        with partial.open("xb") as file:
-            _write(file, arrays)
-        os.replace(partial, path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    with staged_file(Path(path)) as file:
+        _write(file, arrays)
 
 
 def load_row(cache: Cache, path: Path | str, made: Made) -> tuple[int, list[int]]:
@@ -64,7 +58,7 @@ def load_row(cache: Cache, path: Path | str, made: Made) -> tuple[int, list[int]
         CacheFull: there is no room for so many tokens.
     """
     assert isinstance(cache, RowCache)
-    arrays = {name: tensor.array() for name, tensor in safetensors.read(path).items()}
+    arrays = _read(path)
     tokens, said = arrays.pop("tokens", np.zeros(0)), arrays.pop("made", np.zeros(0))
     if tokens.dtype != np.int32 or tokens.ndim != 1 or not len(tokens) or not said.size:
         raise CheckpointError(f"{path}: not a row of keys and values")
@@ -78,16 +72,23 @@ def load_row(cache: Cache, path: Path | str, made: Made) -> tuple[int, list[int]
         raise CheckpointError(f"{path}: its keys and values are damaged: {error}") from None
     except CacheFull as error:
         cache.close(slot)
-        raise CacheFull(f"{path}: {error}") from None
+        raise CacheFull(f"{path}: {error}; raise max_tokens (--context)") from None
     except BaseException:
         cache.close(slot)
         raise
     return slot, tokens.tolist()
 
 
+def _read(path: Path | str) -> Arrays:
+    try:
+        return {name: tensor.array() for name, tensor in safetensors.read(path).items()}
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} If it was a prompt's cache, delete it.") from None
+
+
 def _agree(path: Path | str, said: bytes, made: Made) -> None:
     try:
-        theirs = json.loads(said)
+        theirs = json.loads(said) if len(said) <= LONGEST else None
     except (ValueError, RecursionError):
         theirs = None
     if not isinstance(theirs, dict):
@@ -100,7 +101,7 @@ def _agree(path: Path | str, said: bytes, made: Made) -> None:
             )
 
 
-def _write(file: BinaryIO, arrays: Arrays) -> None:
+def _write(file: IO[bytes], arrays: Arrays) -> None:
     names = {np.dtype(dtype): name for name, dtype in safetensors.DTYPES.items()}
     entries, at = {}, 0
     for name, x in arrays.items():

@@ -10,6 +10,7 @@ gptoss generate checkpoints/20b --raw -p "Once upon a time" -l 50 --logprobs
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from gptoss.cli.arguments import Option, WrongCommandLine
 from gptoss.cli.endings import usage
 from gptoss.cli.terminal import Screen, decoded, shown, typed
 from gptoss.cli.tracing import Tracing
+from gptoss.errors import GptOssError
 
 if TYPE_CHECKING:
     from gptoss.llm import LLM
@@ -77,6 +79,8 @@ def kept(llm: LLM, prompt: list[int], path: Path | None, *, quiet: bool) -> Iter
         return
     if path.exists():
         llm.tokens.recall(path)
+    elif not os.access(path.parent, os.W_OK):  # said before hours are spent on a prompt
+        raise GptOssError(f"{path}: cannot be written: {path.parent} is no folder to write to")
     before = llm.tokens.engine.stats.reused
     yield
     read = llm.tokens.engine.stats.reused - before

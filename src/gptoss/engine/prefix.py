@@ -108,7 +108,7 @@ class Prefixes:
     def save(self, tokens: Sequence[int], path: Path, made: Made) -> int:
         """Write the longest known beginning of ``tokens`` -> its length; 0: nothing is written.
 
-        Raises CheckpointError.
+        Raises GptOssError if it cannot be written.
         """
         if (found := self.take(tokens)) is None:
             return 0

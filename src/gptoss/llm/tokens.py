@@ -226,16 +226,20 @@ class TokenGenerator:
     def keep(self, tokens: Sequence[int], path: Path) -> int:
         """Write the keys and values of what was computed of a prompt -> how many tokens that are.
 
-        What was at ``path`` is replaced. Raises CheckpointError if it cannot be written.
+        What was at ``path`` is replaced. Raises GptOssError if it cannot be written.
         """
         return self.engine.scheduler.prefixes.save(tokens, path, self._made())
 
     def _made(self) -> dict[str, str | None]:
         """All that keys and values depend on."""
+        from importlib.metadata import version
+
         plan = self.plan
         return {
+            "gptoss": version("gptoss"),
             "model": open_checkpoint(plan.path).fingerprint(),
             "backend": plan.backend,
+            "device": plan.device,
             "dtype": plan.dtype,
             "precision": plan.precision,
             "kv": plan.kv,

@@ -122,7 +122,7 @@ class ListCache(Slots):
         ):
             raise ValueError("they are not as they are kept")
         for layer in self.layers:
-            self.past[slot, layer] = arrays[f"{layer}.0"], arrays[f"{layer}.1"]
+            self.past[slot, layer] = arrays[f"{layer}.0"].copy(), arrays[f"{layer}.1"].copy()
 
 
 class ListView:

@@ -111,7 +111,7 @@ class Strip:
         """The strip of a row of ``length`` tokens that had this on the host."""
         new, (k, v) = Strip(self.k, self.v, self.window), (from_numpy(x[0]) for x in arrays)
         new.extend(k.to(self.k), v.to(self.v))
-        new.first, new.length = length - k.shape[1], length
+        new.first, new.length = length - new.held, length
         return new
 
     def _grow(self, rows: int, limit: int | None) -> None:
