@@ -1,10 +1,12 @@
 """PPO's value head: a line through the last norm's output, and least squares to draw it.
 
-What is to be learned is linear, so its best answer is solved for. The first round's answers are
-enough to know what the next round's will earn; a head that goes down gradients at the policy's rate
-was no wiser than the mean after 24 rounds. And the policy's own weights, rate and clipped gradients
-have nothing to do with it. Least-squares temporal differences: Bradtke and Barto 1996; with an
-eligibility of ``lam``, Boyan 2002.
+What is to be learned is linear, so its best answer is solved for. A few answers tell something of
+what the next ones will earn, where a head that went down gradients at the policy's rate was no
+wiser than the mean after 24 rounds; and it disturbs neither the policy's weights nor the length of
+its gradients. A round's states are in memory together until it has learned.
+
+Least-squares temporal differences: Bradtke and Barto 1996; with an eligibility of ``lam``, Boyan
+2002.
 """
 
 from dataclasses import dataclass
