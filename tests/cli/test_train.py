@@ -96,6 +96,16 @@ def test_a_bad_line_ends_in_one_sentence_and_leaves_nothing(gptoss_, toy, data, 
     assert not (tmp_path / "run").exists()
 
 
+def test_processes_of_torchrun_are_not_traced_and_one_says_so(gptoss_, data, tmp_path, monkeypatch):
+    words = ("train", "sft", "nano", data, "--out", tmp_path / "run", "--trace", tmp_path / "steps")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, said in enumerate(["--trace is for one process alone", ""]):
+        monkeypatch.setenv("RANK", str(rank))
+        status, _, err = gptoss_(*words, *HOW)
+        assert status != 0 and said in err and err.count("\n") == bool(said)
+    assert list(tmp_path.iterdir()) == [data]
+
+
 def test_help_says_what_a_recipe_takes(gptoss_):
     for name in ("sft", "pretrain", "preview", "lint", "export", "convert"):
         status, out, _ = gptoss_("train", name, "--help")

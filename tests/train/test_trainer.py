@@ -8,6 +8,7 @@ import io  # noqa: E402
 import json  # noqa: E402
 import random  # noqa: E402
 import resource  # noqa: E402
+import shutil  # noqa: E402
 import signal  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
@@ -96,6 +97,13 @@ def test_going_on_with_something_else_is_refused(whole):
     trainer(whole[0], replace(CONFIG, keep=5)).close()
 
 
+def test_a_run_that_an_older_version_began_goes_on_without_what_is_new(tmp_path):
+    train(tmp_path, replace(CONFIG, steps=3))
+    trainer(tmp_path, replace(CONFIG, steps=3), asked={"added": False}).close()
+    with pytest.raises(TrainingError, match="begun with more None, not True"):
+        trainer(tmp_path, replace(CONFIG, steps=3), asked={"added": False, "more": True})
+
+
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
     def poisoned(run):
         def loss(batch):
@@ -163,6 +171,10 @@ def test_a_checkpoint_that_cannot_be_read_is_named(whole, tmp_path):
     newest.write_bytes(newest.read_bytes()[:500])
     with pytest.raises(CheckpointError, match="00000012: cannot be read .* remove it"):
         trainer(tmp_path)
+    shutil.rmtree(newest.parent)
+    again = trainer(tmp_path)  # nobody holds the directory
+    assert again.step == 9
+    again.close()
 
 
 def killed(path, steps, moments):

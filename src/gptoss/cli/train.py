@@ -104,7 +104,7 @@ def sft(
         return
     with torch_needed():
         from gptoss.train import recipes
-    with tracing.observer(model) as observe, training(config, out) as (looked, watch):
+    with training(config, out) as (looked, watch), alone(tracing).observer(model) as observe:
         recipes.sft(
             model,
             data,
@@ -135,7 +135,7 @@ def pretrain(
     """
     with torch_needed():
         from gptoss.train import recipes
-    with tracing.observer(model) as observe, training(config, out) as (looked, watch):
+    with training(config, out) as (looked, watch), alone(tracing).observer(model) as observe:
         recipes.pretrain(
             model,
             data,
@@ -168,7 +168,7 @@ def grpo(
     """
     with torch_needed():
         from gptoss.train import grpo as recipe
-    with tracing.observer(model) as observe, training(config, out) as (looked, watch):
+    with training(config, out) as (looked, watch), alone(tracing).observer(model) as observe:
         recipe.grpo(
             *(model, data, out, reward),
             config=config,
@@ -200,7 +200,7 @@ def ppo(
     """
     with torch_needed():
         from gptoss.train import ppo as recipe
-    with tracing.observer(model) as observe, training(config, out) as (looked, watch):
+    with training(config, out) as (looked, watch), alone(tracing).observer(model) as observe:
         recipe.ppo(
             *(model, data, out, reward),
             config=config,
@@ -289,6 +289,13 @@ def opened(
     asked = {"recipe": "sft", "model": model, "tokenizer": words}
     vocabulary, numbers = recipes.tokenizer_of(asked), recipes.numbers_of(asked)
     return recipes.corpus_of(data, vocabulary, reading, numbers.context_length), vocabulary
+
+
+def alone(tracing: Stepping) -> Stepping:
+    """Raises WrongCommandLine: several processes, which torchrun started, cannot share a trace."""
+    if tracing.trace is not None and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise WrongCommandLine("--trace is for one process alone, not for those of torchrun")
+    return tracing
 
 
 def announce(plan: object) -> None:

@@ -64,7 +64,8 @@ class Folder:
         path = self.path / "config.json"
         if self.latest() is not None:
             begun = read_document(path)
-            for name in sorted({*begun, *asked} - NEW):
+            unknown = {name for name in asked if name not in begun and not asked[name]}
+            for name in sorted({*begun, *asked} - NEW - unknown):  # what is off may be newer
                 if begun.get(name) != asked.get(name):
                     raise TrainingError(
                         f"{self.path}: this run was begun with {name} {begun.get(name)!r}, not "

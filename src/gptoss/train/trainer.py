@@ -77,17 +77,21 @@ class Trainer(Generic[B]):
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self.model, self.config, self.watch, self.ranks = model, config, watch, ranks
         self.share = share or (lambda step: rate(step, config))
-        self.folder = Folder(path, asdict(config) | (asked or {}), ranks)
-        if isinstance(model, nn.Module):
-            model = learner_of(model, config, path, ranks=ranks)
-        self.learner: Learner = model
         self.stop = Stop()
         self.step, self.position, self.tokens = 0, None, 0.0
         self._drawn = time.monotonic()
-        self.board = Board(self.folder.path, config.tensorboard and ranks.first)
-        torch.manual_seed(config.seed)
-        if (state := self.folder.load(mapped=config.offload is not None)) is not None:
-            self._restore(state)
+        self.folder = Folder(path, asdict(config) | (asked or {}), ranks)
+        try:
+            if isinstance(model, nn.Module):
+                model = learner_of(model, config, path, ranks=ranks)
+            self.learner: Learner = model
+            self.board = Board(self.folder.path, config.tensorboard and ranks.first)
+            torch.manual_seed(config.seed)
+            if (state := self.folder.load(mapped=config.offload is not None)) is not None:
+                self._restore(state)
+        except BaseException:
+            self.folder.close()
+            raise
 
     def run(self, draw: Draw[B], loss: Loss[B]) -> None:
         """Train to the last step. What goes wrong between two steps costs nothing.
