@@ -101,13 +101,18 @@ def test_keys_take_no_more_than_they_may(weights, writer, monkeypatch):
 
 
 @pytest.mark.parametrize("part", [256, 4])
-def test_a_file_takes_no_more_than_it_may(weights, writer, monkeypatch, caplog, part):
+def test_a_file_takes_no_more_than_it_may(weights, writer, tmp_path, monkeypatch, caplog, part):
     monkeypatch.setattr(room, "PART", part)
     plain, engine = answered(engine_of(weights)), engine_of(weights)
-    requests = Requests(engine, weights.__getitem__, writer, most=1)
-    requests.attach()
+    Requests(engine, weights.__getitem__, writer).attach()
     assert answered(engine) == plain
-    assert requests.over and len(Traces(writer.path).names) == 1
+    whole, engine = Traces(writer.path), engine_of(weights)
+    with closing(Writer(tmp_path / "small", writer.size // 2)) as small:
+        requests = Requests(engine, weights.__getitem__, small)
+        requests.attach()
+        assert answered(engine) == plain
+    assert requests.over and 0 < small.path.stat().st_size <= small.most
+    assert 0 < len(Traces(small.path).names) <= len(whole.names)
     assert "requests are served and no longer recorded" in caplog.text
 
 
@@ -121,7 +126,7 @@ def test_a_full_disk_ends_the_recording_and_not_the_service(weights, writer, cap
         assert answered(engine) == plain
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "cannot be written any more" in caplog.text
+    assert "takes no more (File too large)" in caplog.text
     assert Traces(writer.path).names == []
 
 

@@ -14,7 +14,7 @@ from gptoss.train.loss import cross_entropy
 from gptoss.train.observe import observed
 from gptoss.verify.diff import LOSS, diff
 from gptoss.verify.steps import Steps
-from gptoss.verify.traces import Traces, Writer
+from gptoss.verify.traces import MOST, Traces, Writer
 from tests.conftest import TINY
 from tests.train import runs
 
@@ -26,14 +26,14 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr("gptoss.train.trainer.curves", lambda rows, path: None)
 
 
-def recorded(folder, config=CONFIG, every=1, path=None, **how):
+def recorded(folder, config=CONFIG, every=1, path=None, most=MOST, **how):
     """A run, and the file of its steps."""
     run = runs.trainer(folder, config)
 
     def loss(batch):
         return cross_entropy(run.model, batch, config)
 
-    with closing(Writer(path or folder.with_suffix(".traces"))) as writer:
+    with closing(Writer(path or folder.with_suffix(".traces"), most)) as writer:
         steps = Steps(writer, every, **how)
         run.run(runs.draw, observed(run, run.model, loss, steps))
     return run.folder.rows(), Traces(writer.path), steps
@@ -94,6 +94,18 @@ def test_what_is_learned_counts_too(tmp_path):
     assert diff(a, a).likeliest is None
 
 
+def test_what_a_training_leaves_out_is_no_difference(tmp_path):
+    whole = recorded(tmp_path / "one")[1].load("step-1")
+    answer = replace(whole, arrays={name: whole.arrays[name] for name in ("tokens", "sketch")})
+    part = replace(whole, arrays={name: x.copy() for name, x in whole.arrays.items()})
+    last = whole.about["points"].index("norm")
+    part.arrays["targets"][:4], part.arrays["sketch"][:4, last] = -1, 0.0
+    assert diff(part, answer).same and diff(answer, part).same
+    part.arrays["sketch"][4, last] = 0.0  # after which something is learned
+    found = diff(part, answer)
+    assert (found.token, found.point) == (4, "norm")
+
+
 def test_chosen_steps_within_a_size_and_going_on_replaces(tmp_path):
     _, traces, _ = recorded(tmp_path / "some", every=2)
     assert traces.names == ["step-1", "step-1.1", "step-3", "step-3.1"]
@@ -102,7 +114,7 @@ def test_chosen_steps_within_a_size_and_going_on_replaces(tmp_path):
     _, traces, _ = recorded(tmp_path / "from the start", every=2, path=path)
     assert traces.names == ["step-1", "step-1.1", "step-3", "step-3.1"]
     assert len(traces.load("step-3").tokens) == traces.size("step-3")[0]
-    rows, traces, steps = recorded(tmp_path / "small", most=1)
+    rows, traces, steps = recorded(tmp_path / "small", most=path.stat().st_size // 5)
     assert steps.over and len(rows) == 3 and traces.names == ["step-1"]
 
 

@@ -80,9 +80,9 @@ class Recording:
         """What writes the file. Raises GptOssError: there is a file of another kind."""
         if self.trace is None:
             return None
-        from gptoss.verify.traces import Writer
+        from gptoss.verify.traces import MOST, Writer
 
-        return Writer(self.trace)
+        return Writer(self.trace, MOST if self.trace_size is None else bytes_of(self.trace_size))
 
     def attach(self, writer: Writer | None, llm: LLM, model: str) -> None:
         """From now on all requests are recorded as they run."""
@@ -90,14 +90,13 @@ class Recording:
             return
         from gptoss.checkpoint.open import open_checkpoint
         from gptoss.llm.models import resolve
-        from gptoss.verify.requests import MOST, Requests
+        from gptoss.verify.requests import Requests
 
         requests = Requests(
             llm.tokens.engine,
             open_checkpoint(resolve(model)).read,
             writer,
             self.point or (),
-            most=MOST if self.trace_size is None else bytes_of(self.trace_size),
             model=model,
             backend=llm.plan.backend,
         )
@@ -132,13 +131,12 @@ class Stepping:
         if self.trace is None:
             yield None
             return
-        from gptoss.verify.requests import MOST
         from gptoss.verify.steps import Steps
-        from gptoss.verify.traces import Writer
+        from gptoss.verify.traces import MOST, Writer
 
-        with closing(Writer(self.trace)) as writer:
-            most = MOST if self.trace_size is None else bytes_of(self.trace_size)
-            yield Steps(writer, self.trace_every or 1, self.point or (), most=most, model=model)
+        most = MOST if self.trace_size is None else bytes_of(self.trace_size)
+        with closing(Writer(self.trace, most)) as writer:
+            yield Steps(writer, self.trace_every or 1, self.point or (), model=model)
 
 
 def bytes_of(said: str) -> int:

@@ -41,6 +41,7 @@ def diff(a: TraceFile, b: TraceFile, tolerance: float = 1e-3) -> Parting:
     size = np.maximum(x[..., 0], y[..., 0])
     apart = np.sqrt(np.mean((x - y)[..., 1:].astype(np.float64) ** 2, axis=-1))
     relative = apart / np.where(size > 0, size, 1.0)  # [n, P]
+    relative[_left_out(a, x) | _left_out(b, y)] = 0.0
     if "scored" in a.arrays and "scored" in b.arrays:
         names, relative = [*names, LOSS], np.column_stack([relative, _learned(a, b, n)])
     wrong = ~(relative <= tolerance)
@@ -57,6 +58,15 @@ def diff(a: TraceFile, b: TraceFile, tolerance: float = 1e-3) -> Parting:
         size=0.0 if token is None or point is None else float(relative[token, point]),
         likeliest=_first(a.arrays["ids"][:n, 0] != b.arrays["ids"][:n, 0]) if both else None,
     )
+
+
+def _left_out(trace: TraceFile, sketch: NDArray) -> NDArray:
+    """[n, P]: what a training did not compute, of tokens after which nothing is learned."""
+    if "targets" not in trace.arrays:
+        return np.zeros(sketch.shape[:2], bool)
+    learned = trace.arrays["targets"][: len(sketch), None] >= 0
+    unseen: NDArray = ~learned & ~sketch.any(axis=-1)
+    return unseen
 
 
 def _learned(a: TraceFile, b: TraceFile, n: int) -> NDArray:

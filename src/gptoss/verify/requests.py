@@ -21,7 +21,6 @@ from gptoss.verify.traces import Writer
 LOG = logging.getLogger("gptoss.trace")
 PART = 256  # tokens
 KEYS = 1 << 30  # bytes
-MOST = 10 << 30  # bytes of a file, unless another limit is given
 
 
 @dataclass(slots=True, eq=False)
@@ -44,12 +43,10 @@ class Requests:
         read: Read,
         writer: Writer,
         points: Sequence[str] = (),
-        *,
-        most: int = MOST,
         **about: object,
     ) -> None:
-        """``most``: bytes of the file; ``about`` goes into every header."""
-        self.engine, self.writer, self.most, self.about = engine, writer, most, about
+        """``about`` goes into every header."""
+        self.engine, self.writer, self.about = engine, writer, about
         self.recorder = Recorder(engine.backend, read, points, self._whose)
         self.run = secrets.token_hex(4)  # a file may hold those of several processes
         self.live: dict[tuple[int, int], Live] = {}
@@ -121,11 +118,10 @@ class Requests:
         try:
             self.writer.add(trace, key=live.key, id=live.id, past=past, after=live.after)
         except OSError as error:
-            return self._stop(f"cannot be written any more ({error.strerror})")
-        if self.writer.size > self.most:
-            self._stop(f"has {self.writer.size} bytes, of {self.most} that it may take")
-
-    def _stop(self, why: str) -> None:
-        self.over = True
-        self.live.clear()
-        LOG.warning("%s %s; requests are served and no longer recorded", self.writer.path, why)
+            self.over = True
+            self.live.clear()
+            LOG.warning(
+                "%s takes no more (%s); requests are served and no longer recorded",
+                self.writer.path,
+                error.strerror,
+            )

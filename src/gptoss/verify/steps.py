@@ -14,7 +14,6 @@ import numpy as np
 from gptoss.model.reference import NDArray
 from gptoss.verify.candidate import host
 from gptoss.verify.record import Digest
-from gptoss.verify.requests import MOST
 from gptoss.verify.trace import TraceFile, joined
 from gptoss.verify.traces import Writer
 
@@ -29,7 +28,6 @@ class Steps:
             of what was.
         every: so-manieth step is recorded, from the first on.
         points: whose values are kept whole.
-        most: bytes of the file.
         about: goes into every header.
     """
 
@@ -38,11 +36,9 @@ class Steps:
         writer: Writer,
         every: int = 1,
         points: Sequence[str] = (),
-        *,
-        most: int = MOST,
         **about: object,
     ) -> None:
-        self.writer, self.every, self.points, self.most = writer, every, points, most
+        self.writer, self.every, self.points = writer, every, points
         self.about, self.over = about, False
         self._at = (-1, 0)  # the step, and how many of its batches were seen
 
@@ -58,13 +54,12 @@ class Steps:
         try:
             self.writer.add(trace, key=id, id=id)
         except OSError as error:
-            return self._stop(f"cannot be written any more ({error.strerror})")
-        if self.writer.size > self.most:
-            self._stop(f"has {self.writer.size} bytes, of {self.most} that it may take")
-
-    def _stop(self, why: str) -> None:
-        self.over = True
-        LOG.warning("%s %s; training goes on and is no longer recorded", self.writer.path, why)
+            self.over = True
+            LOG.warning(
+                "%s takes no more (%s); training goes on and is no longer recorded",
+                self.writer.path,
+                error.strerror,
+            )
 
 
 class Batch:

@@ -12,6 +12,7 @@ many]. What a killed process left half-written is not looked at, and the next to
 it off. The ``id`` is who it is for people; of several with one id, the second is ID.1, and so on.
 """
 
+import errno
 import json
 import os
 import struct
@@ -35,6 +36,7 @@ except ImportError:  # Windows
 MAGIC = b"gptoss-traces-1\n"
 SIZES = struct.Struct("<IQ")
 SHOWN = 8  # ids that an error lists
+MOST = 10_000_000_000  # bytes of a file, unless another limit is given
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ class Piece:
 
 
 class Writer:
-    """Adds parts to a file. Each is in the file, whole, when ``add`` returns.
+    """Adds parts to a file of ``most`` bytes. Each is there, whole, when ``add`` returns.
 
     A new file is its owner's alone: it holds what people said.
 
@@ -56,9 +58,8 @@ class Writer:
         OSError: it cannot be written.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        self.size = 0
+    def __init__(self, path: Path | str, most: int = MOST) -> None:
+        self.path, self.most, self.size = Path(path), most, 0
         self._file = open(self.path, "ab", buffering=0, opener=_private)  # noqa: SIM115
         try:
             if not _locked(self._file.fileno()):
@@ -81,13 +82,20 @@ class Writer:
         past: int = 0,
         after: tuple[str, int] | None = None,
     ) -> None:
-        """One part. Raises OSError: it cannot be written, and the file is as it was."""
+        """One part.
+
+        Raises:
+            OSError: it cannot be written, or there would be too much; the file is as it was.
+        """
         body = BytesIO()
         trace.write(body)
         end, prompt = past + len(trace.tokens), trace.about.get("prompt")
         said = {"key": key, "id": id, "past": past, "end": end, "prompt": prompt, "after": after}
         head = json.dumps(said).encode()
-        self._put(SIZES.pack(len(head), body.tell()) + head + body.getvalue())
+        record = SIZES.pack(len(head), body.tell()) + head + body.getvalue()
+        if self.size + len(record) > self.most:
+            raise OSError(errno.EFBIG, f"it may take {self.most} bytes")
+        self._put(record)
 
     def close(self) -> None:
         """Nothing follows."""
@@ -189,6 +197,8 @@ def open_trace(where: str) -> TraceFile:
     traces = Traces(path)
     if not name and len(traces.names) == 1:
         [name] = traces.names
+    if not traces.names:
+        raise GptOssError(f"{path}: holds no trace yet")
     if not name:
         raise GptOssError(
             f"{path}: holds {len(traces.names)} traces; say {path}#ID, of {traces.listed()}"
