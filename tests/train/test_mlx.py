@@ -200,6 +200,13 @@ def test_what_mlx_does_not_train_is_refused(toy, data, tmp_path, wrong, said):
     assert not (tmp_path / "run").exists()
 
 
+def test_what_cannot_fit_is_refused_before_it_is_tried(toy, data, tmp_path):
+    with pytest.raises(TrainingError, match="memory to be trained like this") as refused:
+        tuning = Tuning(lora=10**9)
+        mlx.sft(toy, [data], tmp_path / "run", config=CONFIG, reading=READING, tuning=tuning)
+    assert "offload" not in str(refused.value) and not (tmp_path / "run").exists()
+
+
 def sums(draw, exam):
     """What nano can, in words that it does not know: 0 of 40 at first."""
     made = tasks.example(draw, task="add", effort="low", exam=exam)

@@ -53,7 +53,7 @@ class TrainConfig:
     keep: int = said(2, "newest checkpoints to keep", 1)
     milestone: int | None = said(None, "keep every checkpoint at a multiple of so many steps", 1)
     threads: int | None = said(None, "that compute; as many as there are cores", 1)
-    device: str = said("cpu", "cpu or cuda")
+    device: str = said("cpu", "cpu or cuda; of mlx, cpu or gpu")
     tensorboard: bool = said(False, "write for TensorBoard too")
     force: bool = said(False, "begin even if memory is too little")
 

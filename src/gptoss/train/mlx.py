@@ -6,7 +6,7 @@ A run's checkpoints hold the adapters by the names and shapes that ``lora.py`` g
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +18,18 @@ from torch import Tensor
 
 from gptoss.backends.mlx.backend import MlxBackend, readable
 from gptoss.backends.mlx.lora import adapted, adapters, logprobs, recomputed
+from gptoss.checkpoint.open import Checkpoint
 from gptoss.train.batch import Batch
 from gptoss.train.config import Reading, TrainConfig, Tuning
+from gptoss.train.plan import Plan, make_plan
 from gptoss.train.recipes import Looked, Watch, checkpoint_of, gathered
 from gptoss.train.routing import Routing
 from gptoss.train.trainer import Trainer
 
 OBEYED = {  # of TrainConfig; the others are torch's
     *("steps", "lr", "weight_decay", "beta1", "beta2", "warmup", "schedule", "decay", "floor"),
-    *(
-        "clip",
-        "seed",
-        "save_every",
-        "keep",
-        "milestone",
-        "device",
-        "tensorboard",
-        "force",
-        "recompute",
-    ),
+    *("clip", "seed", "save_every", "keep", "milestone", "device", "tensorboard", "force"),
+    "recompute",
 }
 
 
@@ -53,13 +46,15 @@ def sft(
 ) -> Trainer[Batch]:
     """Train adapters of a checkpoint on conversations; arguments and errors as ``recipes.sft``.
 
-    Raises ValueError for what only torch trains.
+    Raises ValueError for what only torch trains. Memory is refused only where it cannot be enough.
     """
     check(config, tuning)
     asked: dict[str, Any] = {"recipe": "sft", "model": str(model), "tokenizer": None}
     asked |= {**asdict(tuning), "backend": "mlx"}
-    corpus = gathered(asked, data, path, reading, config.seed, looked)
     opened = checkpoint_of(asked)
+    if not config.force:
+        least(opened, path, config, tuning, reading.tokens).check()
+    corpus = gathered(asked, data, path, reading, config.seed, looked)
     how = {"dtype": tuning.dtype, "device": config.device}
     learner = Adapters(MlxBackend(opened.config, opened.read, **how), config, tuning)
     opened.release()
@@ -80,6 +75,15 @@ def check(config: TrainConfig, tuning: Tuning) -> None:
     for one in fields(config):
         if one.name not in OBEYED and getattr(config, one.name) != one.default:
             raise ValueError(f"{one.name} is torch's: MLX trains adapters by AdamW alone")
+
+
+def least(
+    opened: Checkpoint, path: Path | str, config: TrainConfig, tuning: Tuning, tokens: int
+) -> Plan:
+    """What torch would take, in memory that a Mac's GPU shares with its CPU: MLX takes no less."""
+    how = (path, replace(config, device="cpu"), tuning, tokens)
+    plan = make_plan(str(opened.path), opened.config, *how, packed=opened.layout.packed)
+    return replace(plan, savings=tuple(one for one in plan.savings if "--offload" not in one))
 
 
 class Adapters:
