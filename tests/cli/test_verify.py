@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from gptoss.checkpoint.open import open_checkpoint
@@ -99,6 +100,12 @@ def test_a_trace_is_written_and_differs_where_it_was_edited(gptoss_, toy, tmp_pa
     assert status == 1 and "values part at token 2, embedding" in out
     status, out, _ = gptoss_("diff", a, b, "--json")
     assert status == 1 and json.loads(out)["tokens"] == 2
+    broken = TraceFile.load(a)
+    broken.arrays["sketch"][1, 0] = np.nan
+    broken.save(b)
+    status, out, _ = gptoss_("diff", a, b, "--json")
+    assert status == 1 and json.loads(out, parse_constant=pytest.fail)["size"] is None
+    assert gptoss_("diff", b, b)[0] == 0
     status, _, err = gptoss_("diff", a, "--edit", "2")
     assert status == 2 and "is not AT=TOKEN" in err
     status, _, err = gptoss_("diff", a, "--edit", "2=99999999999")

@@ -22,6 +22,7 @@ from gptoss.cli import options
 from gptoss.cli.arguments import Argument, Option, WrongCommandLine
 from gptoss.cli.candidates import Running, opened_model
 from gptoss.cli.endings import usage
+from gptoss.cli.terminal import document
 from gptoss.cli.tracing import replaceable
 from gptoss.errors import GptOssError
 
@@ -74,7 +75,7 @@ def run(
         with usage():
             name, found = None, diff(a, b, tolerance)
     if json_:
-        print(json.dumps({"trace": name} | asdict(found)))
+        print(document({"trace": name} | asdict(found)))
     else:
         print(described(found) if name is None else f"{name}: {described(found)}")
     if not found.same:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from gptoss.errors import GptOssError
 
@@ -18,6 +20,22 @@ STYLES = {"analysis": "dim", "commentary": "cyan", "note": "yellow"}
 RESULT = 1500  # characters of a tool's answer
 # What a model must not send to a terminal: it could move the cursor or retitle the window.
 _CONTROLS = {i: "\ufffd" for i in [*range(32), *range(127, 160)] if chr(i) not in "\n\t"}
+
+
+def document(found: Any) -> str:
+    """As JSON, which has no infinity and no NaN: null."""
+    return json.dumps(_finite(found), allow_nan=False)
+
+
+def _finite(x: Any) -> Any:
+    match x:
+        case dict():
+            return {name: _finite(value) for name, value in x.items()}
+        case list():
+            return [_finite(value) for value in x]
+        case float() if not math.isfinite(x):
+            return None
+    return x
 
 
 class Screen:

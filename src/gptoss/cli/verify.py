@@ -9,7 +9,6 @@ gptoss verify --probe /tmp/probe && gptoss verify --server http://127.0.0.1:8080
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from gptoss.cli import options
 from gptoss.cli.arguments import Argument, Option, WrongCommandLine
 from gptoss.cli.candidates import Running, opened_model, rival
 from gptoss.cli.endings import usage
-from gptoss.cli.terminal import bar, decoded
+from gptoss.cli.terminal import bar, decoded, document
 from gptoss.cli.tracing import replaceable
 
 if TYPE_CHECKING:
@@ -177,7 +176,7 @@ def compared(opened: Checkpoint, running: Running, asked: Layerwise, as_json: bo
         )
     if as_json:
         points = [finding.to_json() for finding in found]
-        print(json.dumps({"ok": not wrong, "summary": end, "lengths": fitting, "points": points}))
+        print(document({"ok": not wrong, "summary": end, "lengths": fitting, "points": points}))
     else:
         print(end)
     return not wrong
@@ -195,7 +194,7 @@ def taught(
     if theirs.about.get("config") != asdict(candidate.config):
         raise WrongCommandLine(f"--replay: {teaching.replay} holds another model's answers")
     found = teacher.agreement(teacher.run(candidate.open(), theirs.tokens.tolist()), theirs)
-    print(json.dumps(asdict(found)) if as_json else teacher.table(found))
+    print(document(asdict(found)) if as_json else teacher.table(found))
 
 
 def answers(
@@ -248,5 +247,5 @@ def diagnosed(opened: Checkpoint, running: Running, kit: Kit, as_json: bool) -> 
     asked = [tokenizer.encode(text) for text in prompts(tokenizer)]
     with bar("bugs") as watch:
         found = diagnose(opened.config, opened.read, patient, asked, watch)
-    print(json.dumps(found.to_json()) if as_json else found)
+    print(document(found.to_json()) if as_json else found)
     return found.healthy

@@ -68,6 +68,7 @@ class Diagnosis:
             lines += [f"would not have been seen: {', '.join(unseen)}"] if unseen else []
         if not self.explained:
             lines += [f"no bug of the list explains it; the nearest: {best}"]
+            lines += ["another checkpoint than this one looks like that too"]
         return "\n".join(lines)
 
 

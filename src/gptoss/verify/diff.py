@@ -37,11 +37,7 @@ def diff(a: TraceFile, b: TraceFile, tolerance: float = 1e-3) -> Parting:
     if not names:
         raise ValueError("the traces have no points in common: they are of two different models")
     n = min(len(a.tokens), len(b.tokens))
-    x, y = (t.arrays["sketch"][:n, [t.about["points"].index(i) for i in names]] for t in (a, b))
-    size = np.maximum(x[..., 0], y[..., 0])
-    apart = np.sqrt(np.mean((x - y)[..., 1:].astype(np.float64) ** 2, axis=-1))
-    relative = apart / np.where(size > 0, size, 1.0)  # [n, P]
-    relative[_left_out(a, x) | _left_out(b, y)] = 0.0
+    relative = _relative(a, b, names, n)
     if "scored" in a.arrays and "scored" in b.arrays:
         names, relative = [*names, LOSS], np.column_stack([relative, _learned(a, b, n)])
     wrong = ~(relative <= tolerance)
@@ -58,6 +54,18 @@ def diff(a: TraceFile, b: TraceFile, tolerance: float = 1e-3) -> Parting:
         size=0.0 if token is None or point is None else float(relative[token, point]),
         likeliest=_first(a.arrays["ids"][:n, 0] != b.arrays["ids"][:n, 0]) if both else None,
     )
+
+
+def _relative(a: TraceFile, b: TraceFile, names: list[str], n: int) -> NDArray:
+    """[n, P]: by how much of its size each value differs; NaN is like NaN alone."""
+    x, y = (t.arrays["sketch"][:n, [t.about["points"].index(i) for i in names]] for t in (a, b))
+    size = np.maximum(x[..., 0], y[..., 0])
+    with np.errstate(invalid="ignore"):
+        apart = np.sqrt(np.mean((x - y)[..., 1:].astype(np.float64) ** 2, axis=-1))
+    alike = ((x == y) | (np.isnan(x) & np.isnan(y))).all(axis=-1)
+    same = alike | _left_out(a, x) | _left_out(b, y)
+    found: NDArray = np.where(same, 0.0, apart / np.where(size > 0, size, 1.0))
+    return found
 
 
 def _left_out(trace: TraceFile, sketch: NDArray) -> NDArray:
