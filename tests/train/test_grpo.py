@@ -9,6 +9,7 @@ from dataclasses import replace  # noqa: E402
 
 import numpy as np  # noqa: E402
 
+from gptoss.backends.torch.modules import ModuleOps  # noqa: E402
 from gptoss.cli.main import main  # noqa: E402
 from gptoss.errors import TrainingError  # noqa: E402
 from gptoss.train.grpo import GroupRelative, advantages, grpo  # noqa: E402
@@ -21,6 +22,7 @@ from gptoss.train.rounds import Rounds  # noqa: E402
 from gptoss.train.trainer import Trainer  # noqa: E402
 from tests.train.coin import (  # noqa: E402
     CONFIG,
+    NUMBERS,
     ROLLOUTS,
     TOKENIZER,
     coin,
@@ -120,6 +122,25 @@ def test_a_rounds_first_ratios_are_exactly_one(parameters, tmp_path, rollouts):
     assert {row["ratio"] for row in rows if "ratio" in row} == {0.0}
     assert all(row["gap_most"] < 1e-4 for row in rows if "ratio" in row)
     assert any(row["gap"] > 0.0 for row in rows if "ratio" in row)  # it does measure
+
+
+def test_what_is_scored_is_computed_by_products_of_the_same_shapes_as_what_is_learned(
+    parameters, tmp_path
+):
+    """Or that first ratios are 1 would be luck."""
+    run, shapes = rounds(parameters, tmp_path), []
+
+    class Watched(ModuleOps):
+        def experts(self, x, *rest):
+            shapes.append(x.shape)
+            return super().experts(x, *rest)
+
+    run.policy.model.ops = Watched()
+    [minibatch], _ = run.draw(None)
+    scored = shapes[-NUMBERS.num_hidden_layers :]
+    shapes.clear()
+    run.loss(minibatch)
+    assert shapes == scored
 
 
 def test_later_updates_of_a_round_move_away_from_it(parameters, tmp_path):

@@ -203,12 +203,12 @@ class Rounds:
     def _score(self, minibatch: Minibatch) -> None:
         assert minibatch.batch is not None
         batch, known = minibatch.batch.to(self.policy.device), minibatch.known
-        routing = None if minibatch.chosen is None else Routing()
+        routing = Routing()  # who is traced computes all tokens, as in learning: the same products
         states: list[Tensor] | None = [] if self.recipe.values else None
         whole = None if self.ranks.alone else self.sampler.model
         old = self.policy.score(batch, routing, minibatch.chosen, model=whole, states=states)
         known["old"] = old.cpu()
-        if routing is not None:
+        if minibatch.chosen is not None:
             known["rerouted"] = rerouted(routing)[batch.wanted].cpu()
         if states:
             known["states"] = states[0].float().cpu()
