@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from gptoss.checkpoint import staged
 from gptoss.checkpoint.staged import staged_file
 from gptoss.errors import GptOssError
 
@@ -23,6 +24,18 @@ def test_what_was_there_is_replaced_or_stays(tmp_path):
     assert link.is_symlink() and real.read_bytes() == b"new"
     assert real.stat().st_mode & 0o777 == 0o600
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_what_a_killed_process_left_is_removed_but_not_what_is_being_written(tmp_path):
+    pytest.importorskip("fcntl")  # not on Windows, where nothing says who still writes
+    left, live = tmp_path / ".target.partial-0", tmp_path / ".target.partial-1"
+    for path in (left, live):
+        path.write_bytes(b"half")
+    with staged._locked(live) as mine, staged_file(tmp_path / "target") as file:
+        file.write(b"whole")
+        with staged_file(tmp_path / "other") as other:
+            other.write(b"whole")
+    assert mine and sorted(p.name for p in tmp_path.iterdir()) == [live.name, "other", "target"]
 
 
 def test_a_full_disk_is_a_sentence(tmp_path):

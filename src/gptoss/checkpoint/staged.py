@@ -64,8 +64,9 @@ def staged_file(target: Path) -> Iterator[IO[bytes]]:
             return
         there = target.resolve()
         partial = there.with_name(f".{there.name}.partial-{os.getpid()}")
+        _remove_stale(there)
         try:
-            with partial.open("wb") as file:
+            with partial.open("wb") as file, _locked(partial):
                 yield file
             if there.exists():
                 shutil.copymode(there, partial)
@@ -82,13 +83,11 @@ def _partial(target: Path) -> Iterator[Path]:
     """The hidden directory, locked for as long as this process works on it."""
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     partial.mkdir()
-    lock = _lock(partial)
-    try:
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # nothing is there after the renaming
-        if lock is not None:
-            os.close(lock)
+    with _locked(partial):
+        try:
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # nothing is there after the renaming
 
 
 def _check_free(target: Path) -> None:
@@ -110,21 +109,34 @@ def _check_room(target: Path, needed: int) -> None:
 
 
 def _remove_stale(target: Path) -> None:
-    """Remove what killed runs left: directories that no living process holds locked."""
-    for partial in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
-        lock = _lock(partial)
+    """Remove what killed runs left: what no living process holds locked."""
+    for partial in target.parent.glob(f".{glob.escape(target.name)}.partial-[0-9]*"):
+        with _locked(partial) as mine:
+            if mine and partial.is_dir():
+                shutil.rmtree(partial, ignore_errors=True)
+            elif mine:
+                with suppress(OSError):
+                    partial.unlink()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Whether ``path`` is locked, meanwhile or until the process ends, by this process."""
+    lock = _lock(path)
+    try:
+        yield lock is not None
+    finally:
         if lock is not None:
-            shutil.rmtree(partial, ignore_errors=True)
             os.close(lock)
 
 
-def _lock(directory: Path) -> int | None:
-    """Lock ``directory`` until the descriptor is closed or the process ends. None: cannot."""
+def _lock(path: Path) -> int | None:
+    """Lock ``path`` until the descriptor is closed or the process ends. None: cannot."""
     if fcntl is None:
         return None
     try:
-        descriptor = os.open(directory, os.O_RDONLY)
-    except FileNotFoundError:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
