@@ -45,6 +45,7 @@ def test_chat_without_a_word_leaves_no_trace(tmp_path):
     [
         (["chat", "--trace", "no/where/a.npz"], "--trace names a file in a directory", 1),
         (["chat", "--point", "attn.q"], "--point is for --trace", 2),
+        (["chat", "--trace", "{here}/t", "--point", "attn.Q"], "'attn.Q' is none of", 2),
         (["serve", "--trace-size", "1GB"], "--trace-size is for --trace", 2),
         (["serve", "--trace", "{here}/t", "--trace-size", "much"], "is not a size such as", 2),
         (["serve", "--port", "0", "--trace", "{here}/letter"], "no file of traces", 1),

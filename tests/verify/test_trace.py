@@ -10,7 +10,7 @@ from gptoss.model.reference import softmax
 from gptoss.verify.diff import diff
 from gptoss.verify.mutants import planted
 from gptoss.verify.record import Recorder, record, replay, sketch
-from gptoss.verify.trace import TraceFile
+from gptoss.verify.trace import LAYER, POINTS, TraceFile, is_point
 from tests.conftest import TINY
 
 TOKENS = np.random.default_rng(0).integers(0, TINY.vocab_size, 40).tolist()
@@ -78,6 +78,15 @@ def test_an_edited_token_shows_where_it_stands(right, weights):
     assert (found.tokens, found.token, found.point) == (17, 17, "embedding")
     assert found.likeliest is not None and found.likeliest >= 17
     assert diff(right, recorded(weights, TOKENS[:30])).tokens == 30
+
+
+def test_a_point_is_known_by_its_name(right):
+    names = right.about["points"]
+    assert all(map(is_point, names))
+    assert {name.removeprefix("block.0.") for name in names if "block.0." in name} == {*LAYER}
+    assert {name for name in names if "block" not in name} == {*POINTS}
+    assert all(map(is_point, LAYER))
+    assert not any(map(is_point, ("q", "block", "block.0.q", "block.x.attn.q", "blocks.0", "")))
 
 
 def test_a_trace_comes_back_from_its_file(tmp_path, right):

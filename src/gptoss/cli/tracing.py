@@ -151,6 +151,13 @@ def check(trace: Path | None, points: list[str] | None) -> None:
     """Whether there is anything to write, and a place: a slip must not wait for a model to load."""
     if points and trace is None:
         raise WrongCommandLine("--point is for --trace")
+    if points:
+        from gptoss.verify.trace import LAYER, POINTS, is_point
+
+        for name in points:
+            if not is_point(name):
+                known = ", ".join((*POINTS, *LAYER))
+                raise WrongCommandLine(f"--point: {name!r} is none of {known}, or one of block.N")
     if trace is not None:
         writable(trace, "--trace")
 

@@ -22,6 +22,7 @@ Many traces in one file are those of ``traces.py``.
 """
 
 import json
+import re
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -44,6 +45,20 @@ DAMAGED = (
 )
 Part = tuple[int, dict[str, NDArray]]  # where it begins, and arrays of the tokens from there on
 NARROW = {np.dtype(np.float64): np.float32, np.dtype(np.int64): np.int32}
+
+
+# The trace points of ``model/model.py``, and those of each of its layers.
+POINTS = ("embedding", "norm", "logits")
+LAYER = (
+    *(f"attn.{name}" for name in ("norm", "q", "k", "v", "mixed", "out")),
+    *("attn", "mlp.norm", "mlp.gate", "mlp.chosen", "mlp.share", "mlp.out"),
+)
+
+
+def is_point(name: str) -> bool:
+    """Whether a trace point is called so, of one layer (``block.3.attn.q``) or all (``attn.q``)."""
+    layer = re.fullmatch(r"block\.\d+(?:\.(.+))?", name)
+    return (layer[1] or "attn") in LAYER if layer else name in (*POINTS, *LAYER)
 
 
 @dataclass(frozen=True, eq=False)

@@ -106,10 +106,10 @@ class Writer:
         try:
             while left:
                 left = left[self._file.write(left) :]
-        except OSError:
+        except OSError as error:
             with suppress(OSError):  # what is torn is cut off by who writes next
                 self._file.truncate(self.size)
-            raise
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
         self.size += len(data)
 
 
