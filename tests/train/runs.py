@@ -3,6 +3,7 @@
 python -m tests.train.runs DIRECTORY
 """
 
+import json
 import sys
 
 import torch
@@ -30,6 +31,22 @@ def draw(position):
     at = position or 0
     torch.rand(1)  # the generator's state matters
     return collate([list(documents(at)), list(documents(at + 1))]), at + 2
+
+
+def write_sums(path, most):
+    """A file of conversations that add two numbers, each less than ``most``."""
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{a}+{b}?"},
+                {"role": "assistant", "content": f"{a + b}"},
+            ]
+        }
+        for a in range(most)
+        for b in range(most)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def trainer(path, config=CONFIG, model=None, **rest):

@@ -28,7 +28,7 @@ from gptoss.train.recipes import sft  # noqa: E402
 from runs.nano import tasks  # noqa: E402
 from tests.backends.test_conformance import logits_of  # noqa: E402
 from tests.llm.toy import write_toy  # noqa: E402
-from tests.train.runs import TINY, documents  # noqa: E402
+from tests.train.runs import TINY, documents, write_sums  # noqa: E402
 from tests.train.test_lora import adapted  # noqa: E402
 
 CONFIG = TrainConfig(steps=6, lr=2e-2, warmup=1, save_every=2)
@@ -44,19 +44,7 @@ def toy(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"{a}+{b}?"},
-                {"role": "assistant", "content": f"{a + b}"},
-            ]
-        }
-        for a in range(3)
-        for b in range(3)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_sums(tmp_path_factory.mktemp("data") / "sums.jsonl", 3)
 
 
 @pytest.fixture(scope="module")

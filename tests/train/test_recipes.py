@@ -20,6 +20,7 @@ from gptoss.train.recipes import load_run, pretrain, sft  # noqa: E402
 from tests.backends.test_conformance import logits_of  # noqa: E402
 from tests.llm.toy import CONFIG as NUMBERS  # noqa: E402
 from tests.llm.toy import toy_tokenizer, write_toy  # noqa: E402
+from tests.train.runs import write_sums  # noqa: E402
 
 CONFIG = TrainConfig(steps=5, lr=1e-2, warmup=1, threads=1, save_every=2)
 READING = Reading(tokens=700, accumulate=2)
@@ -37,19 +38,7 @@ def toy(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"{a}+{b}?"},
-                {"role": "assistant", "content": f"{a + b}"},
-            ]
-        }
-        for a in range(4)
-        for b in range(4)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_sums(tmp_path_factory.mktemp("data") / "sums.jsonl", 4)
 
 
 @pytest.fixture(scope="module")
