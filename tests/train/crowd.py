@@ -4,6 +4,7 @@ torchrun --nproc-per-node 2 -m tests.train.crowd DIRECTORY CASES, a JSON file: {
 """
 
 import json
+import resource
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -52,9 +53,9 @@ def draw(position, batches, counts=(3, 4, 1, 2)):
     return collate(groups), at + batches
 
 
-def run(path, kind="all", batches=2, until=None, spoil=None, ranks=ALONE, **change):
+def run(path, kind="all", batches=2, until=None, spoil=None, room=None, ranks=ALONE, **change):
     """As ``runs.train``; ``until``: the step after which Ctrl-C comes, ``spoil``: whose loss is no
-    number."""
+    number, ``room``: bytes of a file on the disk."""
     config = replace(CONFIG, **change)
     model = model_of(kind)
 
@@ -67,7 +68,13 @@ def run(path, kind="all", batches=2, until=None, spoil=None, ranks=ALONE, **chan
         value, found = cross_entropy(model, batch, config)
         return value * (torch.nan if spoil and spoil in batch.origin else 1.0), found
 
-    Trainer(model, config, path, ranks=ranks).run(drawn, loss)
+    trained = Trainer(model, config, path, ranks=ranks)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room or before[0], before[1]))
+    try:
+        trained.run(drawn, loss)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def answer(path, recipe, **change):

@@ -37,6 +37,7 @@ CASES = {  # of two processes
 ELSE = {
     "onward": {"until": 6, "tensor": 2, **LONGER},
     "spoilt": {"spoil": "row 7", **STEPS},
+    "full": {"room": 5000, **STEPS},
     "three": {"tensor": 3},
     "offload": {"offload": "optimizer"},
 }
@@ -143,6 +144,12 @@ def test_a_loss_that_is_no_number_is_said_of_its_batch_whoever_had_it(two):
         and "the loss of step 4 is nan, in the batch of row 7;" in said
     )
     assert "the checkpoint of step 2 is kept" in said
+
+
+def test_a_full_disk_is_one_sentence_whoever_met_it(two):
+    said = (two / "full.error").read_text()
+    assert "00000002: could not be written: File too large. Nothing was left behind." in said
+    assert said.startswith("CheckpointError: ") and not list((two / "full" / "states").iterdir())
 
 
 @pytest.mark.parametrize(

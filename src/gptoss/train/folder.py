@@ -12,7 +12,8 @@ goes on forgets those lines, computes the steps again, and gets the same numbers
 import json
 import os
 import shutil
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -156,9 +157,16 @@ def restore(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def write(state: dict[str, Any], file: IO[bytes]) -> None:
-    """``torch.save``, which hides what the system said about a write that failed."""
-    try:
+    """``torch.save``, and what the system said if it failed."""
+    with heard():
         torch.save(state, file)
+
+
+@contextmanager
+def heard() -> Iterator[None]:
+    """Raises the OSError that torch hides where a write fails."""
+    try:
+        yield
     except RuntimeError as error:
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from gptoss.errors import CheckpointError
 from gptoss.train.divide import grouped
+from gptoss.train.folder import heard
 
 NOTE = "in pieces"
 UNREADABLE = "cannot be read ({}); remove it, and the run goes on from the one before"
@@ -61,8 +62,16 @@ def write(state: Any, path: Path, target: Path) -> Any:
 
     noted = _changed(state, note)
     with _one_sentence(target, "could not be written: {}. Nothing was left behind."):
-        save(found, storage_writer=FileSystemWriter(path))
+        save(found, storage_writer=_Writer(path))
     return noted
+
+
+class _Writer(FileSystemWriter):
+    """What the system says of a failed write, all processes are told."""
+
+    def write_data(self, *plan: Any) -> Any:
+        with heard():
+            return super().write_data(*plan)
 
 
 def kept(state: Any, path: Path) -> Any:
