@@ -32,7 +32,7 @@ from gptoss.model.weights import Stored
 
 LAYOUTS = {layout.name: layout for layout in (ORIGINAL, HUGGINGFACE, HUGGINGFACE_BF16, MLX)}
 DENSE = ("BF16", "F32", "F16")
-SAMPLE = 4096  # bytes of a tensor by which it is told from others
+PLACES, SAMPLE = 8, 1024  # of a tensor, and bytes at each, by which it is told from others
 CHUNK = 1 << 20  # values that ``check`` looks at together
 # Where each format keeps its exponent, and the integer of its width.
 EXPONENT: dict[str, tuple[Any, Any]] = {
@@ -123,11 +123,13 @@ class Checkpoint:
                 tensor.release()
 
     def fingerprint(self) -> str:
-        """Of the files' tensors, by the first bytes of each: other weights have another one."""
+        """Of the files' tensors, by some bytes of each: trained further, they have another one."""
         found = hashlib.sha256(repr(self.config).encode())
         for tensor in self.tensors.values():
-            size = min(SAMPLE, tensor.nbytes)
-            found.update(tensor.name.encode() + tensor.mapped[tensor.offset : tensor.offset + size])
+            found.update(tensor.name.encode())
+            end = tensor.offset + tensor.nbytes
+            for at in range(tensor.offset, end, max(SAMPLE, tensor.nbytes // PLACES)):
+                found.update(tensor.mapped[at : min(at + SAMPLE, end)])
         return found.hexdigest()[:16]
 
     def release(self) -> None:
