@@ -77,15 +77,26 @@ def run(path, kind="all", batches=2, until=None, spoil=None, room=None, ranks=AL
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def answer(path, recipe, **change):
-    """As ``coin.play``; the coin and its prompts lie beside the run."""
+def answer(path, recipe, strict=False, **change):
+    """As ``coin.play``; the coin and its prompts lie beside the run. ``strict``: by ``patient``."""
     model = coin.coin(torch.load(path.parent / "coin.pt"))
     config = replace(coin.CONFIG, **change)
     corpus = prompts_of([path.parent / "prompts.jsonl"], coin.TOKENIZER, 2048, config.seed)
     objective = GroupRelative(Grpo(kl=0.1), coin.ROLLOUTS.group)
-    arguments = (model, coin.TOKENIZER, corpus, path, (coin.yes,))
+    arguments = (model, coin.TOKENIZER, corpus, path, (patient if strict else coin.yes,))
     recipe = objective if recipe == "grpo" else Proximal(Ppo())
     reinforce(*arguments, recipe, config=config, rollouts=coin.ROLLOUTS)
+
+
+def patient(prompt, reply, messages, example):
+    """One process has enough after as many answers as it judges in a round."""
+    patient.judged += 1
+    if patient.judged > coin.ROLLOUTS.group and torch.distributed.get_rank() == 1:
+        raise KeyError("enough")
+    return coin.yes(prompt, reply, messages, example)
+
+
+patient.judged = 0
 
 
 def main(path, cases):

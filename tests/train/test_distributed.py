@@ -38,6 +38,7 @@ ELSE = {
     "onward": {"until": 6, "tensor": 2, **LONGER},
     "spoilt": {"spoil": "row 7", **STEPS},
     "full": {"room": 5000, **STEPS},
+    "strict": {"recipe": "grpo", "strict": True, "save_every": 100},
     "three": {"tensor": 3},
     "offload": {"offload": "optimizer"},
 }
@@ -150,6 +151,13 @@ def test_a_full_disk_is_one_sentence_whoever_met_it(two):
     said = (two / "full.error").read_text()
     assert "00000002: could not be written: File too large. Nothing was left behind." in said
     assert said.startswith("CheckpointError: ") and not list((two / "full" / "states").iterdir())
+
+
+def test_a_reward_that_raises_anywhere_costs_no_step(two):
+    said = (two / "strict.error").read_text()
+    assert said.startswith("TrainingError: ") and "the reward patient raised KeyError" in said
+    last = len(rows_of(two / "strict"))
+    assert [p.name for p in (two / "strict" / "states").iterdir()] == [f"{last:08}"] and last
 
 
 @pytest.mark.parametrize(

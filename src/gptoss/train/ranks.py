@@ -77,15 +77,21 @@ class Ranks:
 
     def led(self, does: Callable[[], None]) -> None:
         """The first process alone does something, the others wait. What it raises, all raise."""
-        error: Exception | None = None
-        if self.first:
-            try:
-                does()
-            except (GptOssError, OSError) as found:
-                error = found
-        for raised in self.gather(error):
-            if raised is not None:
-                raise raised
+        self.agreed(does if self.first else lambda: None)
+
+    def agreed(self, does: Callable[[], X]) -> list[X | None]:
+        """What each process makes of it, in order. What one raises, all raise."""
+        found: X | None = None
+        error: BaseException | None = None
+        try:
+            found = does()
+        except (GptOssError, OSError, ValueError, KeyboardInterrupt) as raised:
+            error = raised
+        each = self.gather((found, error))
+        for _, met in each:
+            if met is not None:
+                raise met
+        return [made for made, _ in each]
 
     def any(self, x: X | None) -> X | None:
         """What one of them says, if one does."""

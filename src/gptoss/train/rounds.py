@@ -154,8 +154,10 @@ class Rounds:
         rank, size = self.ranks.rank, self.ranks.size
         start, stop = len(prompts) * rank // size, len(prompts) * (rank + 1) // size
         some = prompts[start:stop]
-        answers = self.sampler.draw(some, seed, first=start) if some else []
-        return [answer for each in self.ranks.gather(answers) for answer in each]
+        drawn = self.ranks.agreed(
+            lambda: self.sampler.draw(some, seed, first=start) if some else []
+        )
+        return [answer for each in drawn for answer in each or ()]
 
     def _prompt(self, place: int) -> Prompt:
         [prompt] = self.corpus.at(place)

@@ -121,14 +121,16 @@ class Trainer(Generic[B]):
     def _advance(self, draw: Draw[B], loss: Loss[B]) -> None:
         """A step, and a checkpoint where one is due."""
         began, random = time.perf_counter(), _random()
+        together, drawn = True, list[tuple[list[B], Any]]()
         try:
             with self.stop.interruptible() if self.ranks.alone else nullcontext():
-                batches, after = draw(self.position)
+                self.ranks.agreed(lambda: drawn.append(draw(self.position)))
+                together, [(batches, after)] = self.ranks.alone, drawn
                 found = self._losses(batches, loss)
         except Diverged:
             raise
         except (GptOssError, ValueError, KeyboardInterrupt):
-            if not self.ranks.alone:  # to save takes all of them, and they may be elsewhere
+            if not together:  # to save takes all processes, and they may be elsewhere
                 raise
             self.save(random)
             if self.stop.number is not None:
