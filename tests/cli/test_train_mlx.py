@@ -44,3 +44,9 @@ def test_from_data_to_a_directory_of_mlx_lm(gptoss_, words, tmp_path):
 def test_what_mlx_does_not_train_is_said_in_a_sentence(gptoss_, words, tmp_path, options, said):
     status, _, err = gptoss_(*words, *options)
     assert status == 2 and said in err and not (tmp_path / "run").exists()
+
+
+def test_it_trains_in_one_process(gptoss_, words, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "some")
+    status, _, err = gptoss_(*words, *LORA)
+    assert status == 2 and "torchrun is torch's" in err and not (tmp_path / "run").exists()

@@ -11,6 +11,7 @@ import signal  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
+from contextlib import contextmanager  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from gptoss.backends.torch.modules import Transformer  # noqa: E402
@@ -227,6 +228,16 @@ def children(pid):
     return found
 
 
+@contextmanager
+def started(command):
+    """A ``torchrun`` that ends with the test, whatever happens, and with it whom it has started."""
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
 def test_one_killed_process_ends_the_others_and_the_run_goes_on(data, tmp_path):
     """In one sentence; and one process goes on, and exports."""
@@ -235,11 +246,12 @@ def test_one_killed_process_ends_the_others_and_the_run_goes_on(data, tmp_path):
         f"--steps 300 --lr 1e-2 --tokens 700 --accumulate 2 --save-every 2 --threads 1 --out {run}"
     )
     command = torchrun(2, "gptoss", "train", "sft", model, data, *words.split())
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (run / "states" / "00000002").exists():
-        time.sleep(0.02)
-    os.kill(children(process.pid)[1], signal.SIGKILL)
-    said = [line for line in process.communicate()[1].splitlines() if line.startswith("gptoss:")]
+    with started(command) as process:
+        while process.poll() is None and not (run / "states" / "00000002").exists():
+            time.sleep(0.02)
+        os.kill(children(process.pid)[1], signal.SIGKILL)
+        err = process.communicate()[1]
+    said = [line for line in err.splitlines() if line.startswith("gptoss:")]
     kept = int(max((run / "states").iterdir()).name)
     assert said == [
         f"gptoss: {run}: a process of this run has ended; the checkpoint of step {kept} is kept. "
@@ -268,15 +280,16 @@ def test_killed_at_any_moment_two_go_on_as_if_nothing_had_been(data, tmp_path):
     command = torchrun(2, "gptoss", "train", "sft", *words.split())
     run = tmp_path / "killed"
     for _ in range(6):
-        process = subprocess.Popen([*command, run], stderr=subprocess.PIPE, text=True)
-        while process.poll() is None and len(children(process.pid)) < 2:
-            time.sleep(0.02)
-        steps = len(rows_of(run)) if (run / "metrics.jsonl").exists() else 0
-        while process.poll() is None and not (run / "states" / f"{steps + 2:08}").exists():
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0.0, 0.3))
-        os.kill(children(process.pid)[rng.randrange(2)], signal.SIGKILL)
-        said = [line for line in process.communicate()[1].splitlines() if "gptoss: " in line]
+        with started([*command, run]) as process:
+            while process.poll() is None and len(children(process.pid)) < 2:
+                time.sleep(0.02)
+            steps = len(rows_of(run)) if (run / "metrics.jsonl").exists() else 0
+            while process.poll() is None and not (run / "states" / f"{steps + 2:08}").exists():
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0.0, 0.3))
+            os.kill(children(process.pid)[rng.randrange(2)], signal.SIGKILL)
+            err = process.communicate()[1]
+        said = [line for line in err.splitlines() if "gptoss: " in line]
         assert len(said) == 1 and "a process of this run has ended; the checkpoint of" in said[0]
         for state in (run / "states").glob("0*"):
             assert {"state.pt", ".metadata"} < {file.name for file in state.iterdir()}

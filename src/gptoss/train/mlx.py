@@ -72,6 +72,8 @@ def check(config: TrainConfig, tuning: Tuning) -> None:
     """Raise ValueError unless it is adapters that are to be trained, and as MLX can."""
     if not tuning.lora:
         raise ValueError("MLX trains adapters only: say --lora RANK, or train with torch")
+    if torch.distributed.is_torchelastic_launched():
+        raise ValueError("torchrun is torch's: MLX trains in one process")
     for one in fields(config):
         if one.name not in OBEYED and getattr(config, one.name) != one.default:
             raise ValueError(f"{one.name} is torch's: MLX trains adapters by AdamW alone")
