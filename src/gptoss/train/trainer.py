@@ -234,11 +234,13 @@ class Diverged(TrainingError):
 
 
 def memory(trainer: Trainer[Any]) -> int:
-    """Most bytes in use so far: of the process, or on its GPU."""
+    """Most bytes in use so far: of the process, or on its GPU; 0 where the system does not say."""
     if trainer.config.device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
-    import resource  # not on Windows
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
