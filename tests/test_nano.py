@@ -89,3 +89,32 @@ def test_it_is_the_published_layout_and_small():
     checkpoint = open_checkpoint(resolve("nano"))
     assert checkpoint.layout.name == "huggingface"
     assert sum(f.stat().st_size for f in checkpoint.path.iterdir()) < 8_000_000
+
+
+def test_a_grown_model_computes_the_same(tmp_path, llm):
+    pytest.importorskip("torch")
+    from gptoss.llm.models import resolve
+    from runs.nano.grow import grow
+
+    grow(resolve("nano"), tmp_path / "grown", layers=6)
+    grown = LLM.load(tmp_path / "grown", backend="reference")
+    assert grown.config.num_hidden_layers == 6
+    tokens = llm.tokenizer.encode("What is 247 + 385?")
+    same = LLM.load("nano", backend="reference").logits(tokens)
+    assert (grown.logits(tokens) == same).all()
+
+
+def test_questions_for_rewards_are_prompts_and_none_is_held_out(llm):
+    pytest.importorskip("torch")
+    from gptoss.text import harmony
+    from gptoss.train.rollout import prompt
+    from runs.nano import prompts
+
+    rng = random.Random(5)
+    for _ in range(50):
+        task = rng.choice(list(prompts.SHARES))
+        example = tasks.example(rng, task=task)
+        assert task in tasks.SEEN_IN_TRAINING or not tasks.held_out(example.key)
+        read = prompt(prompts.line(example), llm.tokenizer, "", room=1000)
+        whole = harmony.render_for_completion(example.prompt, llm.tokenizer, keep_analysis=True)
+        assert read.tokens == whole

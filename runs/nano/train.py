@@ -1,6 +1,7 @@
-"""Train the nano model from nothing, in plain PyTorch, on a CPU.
+"""Train the nano model from nothing, in plain PyTorch, on a CPU; or a grown one from what it knows.
 
     python -m runs.nano.train --out checkpoints/nano-run
+    python -m runs.nano.train --out checkpoints/sibling-run --grown checkpoints/grown --steps 500
 
 Matrices are trained by Muon, everything else by AdamW, with the trainer of ``gptoss.train``; here
 is only what is the model's own: its data, its stages and its learning rate. The loss is on the
@@ -11,6 +12,7 @@ import argparse
 import json
 import random
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,12 @@ import numpy as np
 import torch
 
 from gptoss.backends.torch.modules import Transformer
-from gptoss.model.config import nano
 from gptoss.text import harmony
 from gptoss.text.tokenizer import Tokenizer
 from gptoss.train.batch import IGNORE, Batch, Document, collate
-from gptoss.train.config import TrainConfig
+from gptoss.train.config import TrainConfig, Tuning
 from gptoss.train.loss import cross_entropy
+from gptoss.train.recipes import build
 from gptoss.train.trainer import Trainer
 from runs.nano import tasks, vocabulary
 
@@ -38,6 +40,8 @@ STAGES = (  # (until this step, shares of the tasks)
 )
 BARE = (1104, 1296)  # until the first step every conversation is bare, from the second three in ten
 RATE = ((0, 0.01), (100, 1), (2000, 1), (4000, 0.4), (4500, 0.30125), (7000, 0.25), (9000, 0.003))
+GROWN = ((0, 0.01), (0.1, 0.3), (0.6, 0.25), (1, 0.003))  # of a grown model, by share of its steps
+TAUGHT = 9000  # steps: a grown model goes on where the data of so many ended
 POOL = 16  # steps whose conversations are drawn and sorted together
 
 
@@ -57,8 +61,11 @@ def tokens_of(example: tasks.Example, tokenizer: Tokenizer) -> tuple[list[int], 
     return ids, said
 
 
-def drawer(tokenizer: Tokenizer, size: int, seed: int) -> Callable[[Any], tuple[list[Batch], int]]:
-    """``draw`` of a run: at each step some conversations of like length; a position is a step.
+def drawer(
+    tokenizer: Tokenizer, size: int, seed: int, first: int = 0
+) -> Callable[[Any], tuple[list[Batch], int]]:
+    """``draw`` of a run: at each step some conversations of like length; a position is a step, of
+    which the run's own is ``first``.
 
     What is learned first is to look at the question: a few tasks at a time and short conversations.
     From the whole mixture at once the model had not begun to copy a digit after 750 steps; from
@@ -82,7 +89,7 @@ def drawer(tokenizer: Tokenizer, size: int, seed: int) -> Callable[[Any], tuple[
         return groups
 
     def draw(position: Any) -> tuple[list[Batch], int]:
-        step = position or 0
+        step = first if position is None else position
         return collate([pool(step // POOL)[step % POOL]]), step + 1
 
     return draw
@@ -94,10 +101,10 @@ def document(ids: list[int], said: list[int], origin: str) -> Document:
     return Document(ids[:-1], targets, origin)
 
 
-def schedule(step: int) -> float:
-    """Fraction of the peak learning rate: straight lines between the corners of ``RATE``."""
-    steps, fractions = zip(*RATE, strict=True)
-    return float(np.interp(step, steps, fractions))
+def schedule(corners: tuple[tuple[float, float], ...], at: float) -> float:
+    """Fraction of the peak learning rate: straight lines between ``corners``."""
+    places, fractions = zip(*corners, strict=True)
+    return float(np.interp(at, places, fractions))
 
 
 @torch.no_grad()
@@ -118,6 +125,7 @@ def main() -> None:
     """Train, or continue."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--grown", type=Path, help="a checkpoint to begin with, of runs.nano.grow")
     parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--batch", type=int, default=32, help="conversations a step")
     parser.add_argument("--muon", type=float, default=0.015, help="peak learning rate of matrices")
@@ -135,12 +143,21 @@ def main() -> None:
         threads=args.threads,
         save_every=args.examine_every,
     )
-    tokenizer = vocabulary.build(seed=args.seed)
+    asked = {"recipe": "pretrain", "model": "nano", "tokenizer": None} | asdict(Tuning())
+    if args.grown:
+        asked |= {"recipe": "sft", "model": str(args.grown)}
+        tokenizer = Tokenizer.from_file(args.grown / "tokenizer.json")
+    else:
+        tokenizer = vocabulary.build(seed=args.seed)
+        args.out.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(args.out / "tokenizer.json")
+        asked["tokenizer"] = str(args.out / "tokenizer.json")
     tasks.KNOWN[:] = vocabulary.known(tokenizer)
-    args.out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(args.out / "tokenizer.json")
     torch.manual_seed(args.seed)
-    model = Transformer(nano())
+    model = build(asked, "cpu")
+
+    def share(step: int) -> float:
+        return schedule(GROWN, step / args.steps) if args.grown else schedule(RATE, step)
 
     def watch(row: dict[str, Any]) -> None:
         if row["step"] % args.examine_every == 0 or row["step"] == args.steps:
@@ -148,12 +165,12 @@ def main() -> None:
             with (args.out / "exact.jsonl").open("a") as log:
                 print(json.dumps({"step": row["step"], "exact": marks}), file=log)
 
-    asked = {"recipe": "nano", "batch": args.batch}
     trainer: Trainer[Batch] = Trainer(
-        model, config, args.out, asked=asked, share=schedule, watch=watch
+        model, config, args.out, asked=asked | {"batch": args.batch}, share=share, watch=watch
     )
     trainer.run(
-        drawer(tokenizer, args.batch, args.seed), lambda batch: cross_entropy(model, batch, config)
+        drawer(tokenizer, args.batch, args.seed, TAUGHT if args.grown else 0),
+        lambda batch: cross_entropy(model, batch, config),
     )
 
 
