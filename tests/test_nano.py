@@ -101,7 +101,7 @@ def test_a_grown_model_computes_the_same(tmp_path, llm):
     assert grown.config.num_hidden_layers == 6
     tokens = llm.tokenizer.encode("What is 247 + 385?")
     same = LLM.load("nano", backend="reference").logits(tokens)
-    assert (grown.logits(tokens) == same).all()
+    assert abs(grown.logits(tokens) - same).max() < 1e-4  # packed or not, sums round differently
 
 
 def test_questions_for_rewards_are_prompts_and_none_is_held_out(llm):
