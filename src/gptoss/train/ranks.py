@@ -10,6 +10,7 @@ Several stand on a grid of three axes:
 They speak through torch's collectives: gloo between CPUs, NCCL between GPUs.
 """
 
+import atexit
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
@@ -147,10 +148,17 @@ def join(config: TrainConfig) -> Ranks:
         if device == "cuda":
             torch.cuda.set_device(open_device(f"cuda:{dist.get_node_local_rank()}"))
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+        atexit.register(_leave)
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), config.tensor, config.expert, device)
     if config.offload and not ranks.alone:
         raise ValueError("offload is for one process; several divide what it would put away")
     return ranks
+
+
+def _leave() -> None:
+    """End the threads that speak with the others: one that outlives Python aborts the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def speaks(first: bool) -> bool:
