@@ -32,7 +32,8 @@ def picture(runs: list[Path], reward: Path | None, target: Path) -> None:
     shares: dict[str, list[tuple[int, float]]] = {}
     for run in runs:
         for row in rows(run / "metrics.jsonl"):
-            level = row["loss"] if level is None else SMOOTH * level + (1 - SMOOTH) * row["loss"]
+            loss = row.get("cross_entropy", row["loss"])  # without the router's balance
+            level = loss if level is None else SMOOTH * level + (1 - SMOOTH) * loss
             lines.append((first + row["step"], level))
         for row in rows(run / "exact.jsonl"):
             for task, share in row["exact"].items():
