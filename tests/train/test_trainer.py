@@ -65,6 +65,9 @@ def test_an_interrupted_run_goes_on_to_the_bit(whole, tmp_path, stop):
 
 
 def test_only_the_newest_checkpoints_and_milestones_stay(tmp_path):
+    half = tmp_path / "states/.00000001.gone"  # as a run leaves it that is killed while it prunes
+    half.mkdir(parents=True)
+    (half / "state.pt").write_bytes(b"half")
     train(tmp_path, replace(CONFIG, milestone=6, save_every=2, keep=1, steps=10))
     assert sorted(p.name for p in (tmp_path / "states").iterdir()) == ["00000006", "00000010"]
 

@@ -111,13 +111,19 @@ class Folder:
         self.ranks.gather(None)  # nobody goes on before it is there
 
     def prune(self, keep: int, milestone: int | None) -> None:
-        """Leave the ``keep`` newest checkpoints and the milestones."""
+        """Leave the ``keep`` newest checkpoints and the milestones.
+
+        What goes loses its name first: killed in between, nobody finds half of a checkpoint.
+        """
         if not self.ranks.first:
             return
         steps = sorted((p for p in self.states.iterdir() if p.name.isdigit()), key=lambda p: p.name)
         for old in steps[:-keep]:
             if not milestone or int(old.name) % milestone:
-                shutil.rmtree(old, ignore_errors=True)
+                with suppress(OSError):
+                    old.rename(self.states / f".{old.name}.gone")
+        for gone in self.states.glob(".*.gone"):
+            shutil.rmtree(gone, ignore_errors=True)
 
     def append(self, row: dict[str, Any]) -> None:
         """A line of metrics. Raises CheckpointError if it cannot be written."""
