@@ -122,7 +122,9 @@ def test_what_cannot_be_written_is_said_before_loading(gptoss_, toy, tmp_path, m
 def test_a_model_of_20b_widths_is_looked_at(tmp_path):
     """3.3 GB on disk, 4 GB of memory; the page has as much of two layers as there is room for."""
     model, page = tmp_path / "model", tmp_path / "a.html"
-    assert start("synthesize", "20b", model, "--layers", 2).wait() == 0
+    made = start("synthesize", "20b", model, "--layers", 2)
+    made.communicate()  # closes its pipes
+    assert made.returncode == 0
     said = "The quick brown fox jumps over the lazy dog. " * 50
     looking = start("look", said, model, "--text", "-q", "-o", page)
     out, err = looking.communicate()
