@@ -22,6 +22,8 @@ Points = Annotated[
     Option("--point", help="with --trace: keep these values whole, as attn.q; may be repeated"),
 ]
 
+Size = Annotated[str | None, Option(help="with --trace: stop at so many bytes", default="10GB")]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tracing:
@@ -64,9 +66,7 @@ class Recording:
     trace: Annotated[
         Path | None, Option(help="add what happened at every token of every request to this file")
     ] = None
-    trace_size: Annotated[
-        str | None, Option(help="with --trace: stop at so many bytes", default="10GB")
-    ] = None
+    trace_size: Size = None
     point: Points = None
 
     def __post_init__(self) -> None:
@@ -80,9 +80,7 @@ class Recording:
         """What writes the file. Raises GptOssError: there is a file of another kind."""
         if self.trace is None:
             return None
-        from gptoss.verify.traces import MOST, Writer
-
-        return Writer(self.trace, MOST if self.trace_size is None else bytes_of(self.trace_size))
+        return writer_of(self.trace, self.trace_size)
 
     def attach(self, writer: Writer | None, llm: LLM, model: str) -> None:
         """From now on all requests are recorded as they run."""
@@ -113,9 +111,7 @@ class Stepping:
     trace_every: Annotated[
         int | None, Option(min=1, help="with --trace: of each so-manieth step", default="1")
     ] = None
-    trace_size: Annotated[
-        str | None, Option(help="with --trace: stop at so many bytes", default="10GB")
-    ] = None
+    trace_size: Size = None
     point: Points = None
 
     def __post_init__(self) -> None:
@@ -132,11 +128,16 @@ class Stepping:
             yield None
             return
         from gptoss.verify.steps import Steps
-        from gptoss.verify.traces import MOST, Writer
 
-        most = MOST if self.trace_size is None else bytes_of(self.trace_size)
-        with closing(Writer(self.trace, most)) as writer:
+        with closing(writer_of(self.trace, self.trace_size)) as writer:
             yield Steps(writer, self.trace_every or 1, self.point or (), model=model)
+
+
+def writer_of(trace: Path, said: str | None) -> Writer:
+    """What adds to the file of ``--trace``. Raises GptOssError: it is a file of another kind."""
+    from gptoss.verify.traces import MOST, Writer
+
+    return Writer(trace, MOST if said is None else bytes_of(said))
 
 
 def bytes_of(said: str) -> int:
