@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import pytest
 import torch
 
 from gptoss.backends.torch.modules import Transformer
@@ -14,6 +15,7 @@ from gptoss.train.conversation import documents
 from gptoss.train.loss import cross_entropy
 from gptoss.train.objective import Rollouts
 from gptoss.train.reinforce import prompts_of, reinforce
+from gptoss.train.trainer import Trainer
 from tests.conftest import TINY
 
 NUMBERS = replace(TINY, vocab_size=512)  # the last 11 are padding
@@ -85,3 +87,19 @@ def told(rows):
 
 
 TIMES = {"seconds", "tokens_per_second", "memory"}
+
+
+def interrupted(go, step, saved=True):
+    """What ``go`` runs is ended by Ctrl-C behind ``step``, with a checkpoint of it or without."""
+    report = Trainer._report
+
+    def ends(self, found, seconds):
+        report(self, found, seconds)
+        if self.step == step:
+            if saved:
+                self.save()
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_report", ends)
+        go()

@@ -19,7 +19,6 @@ from gptoss.train.reinforce import prompts_of  # noqa: E402
 from gptoss.train.reward import Rewards  # noqa: E402
 from gptoss.train.rollout import Sampler  # noqa: E402
 from gptoss.train.rounds import Rounds  # noqa: E402
-from gptoss.train.trainer import Trainer  # noqa: E402
 from tests.train.coin import (  # noqa: E402
     CONFIG,
     NUMBERS,
@@ -27,6 +26,7 @@ from tests.train.coin import (  # noqa: E402
     TOKENIZER,
     coin,
     improved,
+    interrupted,
     play,
     told,
     written,
@@ -157,21 +157,10 @@ def test_it_learns(parameters, tmp_path):
     assert rows[0]["kl"] == 0.0 < max(row.get("kl", 0.0) for row in rows)
 
 
-def test_an_interrupted_run_goes_on_to_the_bit(parameters, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_to_the_bit(parameters, tmp_path):
     """Within a round, whose answers are kept in the checkpoint."""
     whole, model = play(parameters, tmp_path / "whole", recipe(kl=0.1), rollouts=TWICE)
-    report = Trainer._report
-
-    def interrupted(self, found, seconds):
-        report(self, found, seconds)
-        if self.step == 1:
-            self.save()
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Trainer, "_report", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        play(parameters, tmp_path / "cut", recipe(kl=0.1), rollouts=TWICE)
-    monkeypatch.undo()
+    interrupted(lambda: play(parameters, tmp_path / "cut", recipe(kl=0.1), rollouts=TWICE), 1)
     rows, other = play(parameters, tmp_path / "cut", recipe(kl=0.1), rollouts=TWICE)
     assert told(rows) == told(whole)
     for name, tensor in model.state_dict().items():

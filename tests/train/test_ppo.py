@@ -12,9 +12,8 @@ from gptoss.train.objective import Ppo  # noqa: E402
 from gptoss.train.policy import Minibatch  # noqa: E402
 from gptoss.train.ppo import Proximal, explained, gae, steered  # noqa: E402
 from gptoss.train.rollout import Answer  # noqa: E402
-from gptoss.train.trainer import Trainer  # noqa: E402
 from gptoss.train.value import ValueHead  # noqa: E402
-from tests.train.coin import CONFIG, ROLLOUTS, improved, play, told  # noqa: E402
+from tests.train.coin import CONFIG, ROLLOUTS, improved, interrupted, play, told  # noqa: E402
 
 TWICE = replace(ROLLOUTS, minibatches=2, epochs=2)
 
@@ -107,7 +106,7 @@ def test_a_reward_lost_to_divergence_holds_the_policy_back(parameters, tmp_path)
     assert held[-1]["kl_answer"] < 0.5 * free[-1]["kl_answer"]
 
 
-def test_an_interrupted_run_goes_on_to_the_bit(parameters, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_to_the_bit(parameters, tmp_path):
     """The steered weight and the values of a round that has begun included."""
     numbers, longer = {"kl": 0.1, "kl_target": 0.01}, replace(CONFIG, steps=6)
     whole, model = play(
@@ -115,17 +114,8 @@ def test_an_interrupted_run_goes_on_to_the_bit(parameters, tmp_path, monkeypatch
     )
     weights = [row["kl_weight"] for row in whole]
     assert weights[0] == weights[3] == 0.1 != weights[4]  # a round is four steps
-    report = Trainer._report
-
-    def interrupted(self, found, seconds):
-        report(self, found, seconds)
-        if self.step == 5:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Trainer, "_report", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        play(parameters, tmp_path / "cut", recipe(**numbers), config=longer, rollouts=TWICE)
-    monkeypatch.undo()
+    arguments = (parameters, tmp_path / "cut", recipe(**numbers))
+    interrupted(lambda: play(*arguments, config=longer, rollouts=TWICE), 5, saved=False)
     rows, other = play(
         parameters, tmp_path / "cut", recipe(**numbers), config=longer, rollouts=TWICE
     )

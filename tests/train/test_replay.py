@@ -21,8 +21,18 @@ from gptoss.train.reward import Rewards  # noqa: E402
 from gptoss.train.rollout import Sampler, prompt  # noqa: E402
 from gptoss.train.rounds import Rounds  # noqa: E402
 from gptoss.train.routing import Routing  # noqa: E402
-from gptoss.train.trainer import Trainer  # noqa: E402
-from tests.train.coin import CONFIG, NUMBERS, ROLLOUTS, TOKENIZER, coin, play, told, written, yes  # noqa: E402
+from tests.train.coin import (  # noqa: E402
+    CONFIG,
+    NUMBERS,
+    ROLLOUTS,
+    TOKENIZER,
+    coin,
+    interrupted,
+    play,
+    told,
+    written,
+    yes,
+)
 
 REPLAYED = replace(ROLLOUTS, replay_routing=True)
 LAYERS, K = NUMBERS.num_hidden_layers, NUMBERS.experts_per_token
@@ -183,22 +193,11 @@ def test_it_works_in_bfloat16(parameters, tmp_path):
     assert all(row["ratio"] == 0.0 for row in rows)
 
 
-def test_an_interrupted_run_goes_on_to_the_bit(parameters, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_to_the_bit(parameters, tmp_path):
     """Within a round, whose routing is kept in the checkpoint; and batch-invariant."""
     twice = replace(REPLAYED, minibatches=2, epochs=2, batch_invariant=has_native())
     whole, model = play(parameters, tmp_path / "whole", recipe(), rollouts=twice)
-    report = Trainer._report
-
-    def interrupted(self, found, seconds):
-        report(self, found, seconds)
-        if self.step == 1:
-            self.save()
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Trainer, "_report", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        play(parameters, tmp_path / "cut", recipe(), rollouts=twice)
-    monkeypatch.undo()
+    interrupted(lambda: play(parameters, tmp_path / "cut", recipe(), rollouts=twice), 1)
     rows, other = play(parameters, tmp_path / "cut", recipe(), rollouts=twice)
     assert told(rows) == told(whole) and "rerouted" in rows[0]
     for name, tensor in model.state_dict().items():
